@@ -1,0 +1,1 @@
+"""diffgen: guidance, fine-tuning and evaluation for diffusers pipelines."""

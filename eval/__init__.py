@@ -1,0 +1,21 @@
+"""Evaluation: `evaluate(generated, reference)` for the report, `functional` for the metrics as plain functions."""
+
+from __future__ import annotations
+
+import importlib
+
+_HOME = {"evaluate": "run", "EvalResult": "run"}
+
+__all__ = ["EvalResult", "evaluate", "functional"]
+
+
+def __getattr__(name: str):
+    if name == "functional":
+        return importlib.import_module("diffgen.eval.functional")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"diffgen.eval.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__
