@@ -97,7 +97,7 @@ def efficientnet_lite0(size: int) -> Extractor:
     from torchvision.transforms import Normalize
 
     network = load_efficientnet_lite0()
-    network.reset_classifier(0)
+    network.classifier = nn.Identity()
     normalize = Normalize(mean=[127 / 255] * 3, std=[128 / 255] * 3)
     return Extractor(f"efficientnet-lite0/pool@bicubic{size}", nn.Sequential(normalize, network), 1280, size)
 

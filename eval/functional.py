@@ -75,7 +75,8 @@ def fd_floor_split(Y: Tensor, n: int, splits: int = 10, seed: int = 0) -> float:
     s = min(n, len(Y) // 2)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(Y), generator=generator).to(Y.device) for _ in range(splits)]
-    return sum(fd(Y[order[:s]], Y[order[s : 2 * s]]) for order in orders) / splits
+    rounds = tqdm(orders, desc="noise floor", delay=2, leave=False)
+    return sum(fd(Y[order[:s]], Y[order[s : 2 * s]]) for order in rounds) / splits
 
 
 def spectrum(X: Tensor) -> Tensor:

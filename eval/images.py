@@ -80,7 +80,7 @@ def _to_rgb(image: Image.Image, name: str) -> Tensor:
         raise ValueError(f"{name} has more than 8 bits a channel (PIL mode {image.mode!r}); convert it to 8 bits first")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        if rgba.getextrema()[3][0] < 255:
+        if np.array(rgba)[..., 3].min() < 255:
             warnings.warn(f"{name} is transparent; laid on white", stacklevel=2)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

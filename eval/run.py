@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from diffgen.eval import functional
 from diffgen.eval.extractors import Extractor, get_extractor
 from diffgen.eval.images import ImageSource, load_images
-from torch import Tensor, nn
 
 Verifier = Callable[[Tensor, list[str]], Any]
 Floor = dict[str, "float | None"]  # plug_in: usually too low; split: usually too high, None when it can't be had
@@ -48,7 +49,7 @@ def fd_floor_bracket(X: Tensor, Y: Tensor, seed: int) -> Floor:
 class Metric:
     """One row of METRICS. `function` takes what `needs` names and gives a float, or one value an image [N]."""
 
-    function: Callable[..., float | Tensor]
+    function: Callable[..., Any]
     needs: tuple[str, ...]  # of x (generated features), y (reference features), images, prompts, verifier
     higher_is_better: bool | None  # None: neither; compare with the reference
     summary: str
@@ -66,11 +67,8 @@ METRICS: dict[str, Metric] = {
     "verifier": Metric(verify, ("images", "prompts", "verifier"), True, "share of images that pass the verifier"),
 }
 
-ARGUMENTS = {
-    "y": "reference",
-    "prompts": "prompts",
-    "verifier": "verifier",
-}  # need -> argument of evaluate that may be absent
+# need -> the argument of evaluate that may be absent
+ARGUMENTS = {"y": "reference", "prompts": "prompts", "verifier": "verifier"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class EvalResult:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("metric", "", box=box.SIMPLE, caption_justify="left")
+        table = Table("metric", "", box=box.SIMPLE)
         for column in ("value", "95% interval", "noise floor", "n", "m"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("features", no_wrap=True)
@@ -116,9 +114,10 @@ class EvalResult:
             counts = (str(score.n), "" if score.m is None else str(score.m))
             cells = (f"{score.value:.4g}", _interval(score), _floor(score), *counts, score.extractor or "")
             table.add_row(name, better, *cells)
-        console = Console(file=io.StringIO(), width=140, color_system=None)
+        output = io.StringIO()
+        console = Console(file=output, width=140, color_system=None)
         console.print(table, *(f"warning: {text}" for text in self.warnings), sep="\n", markup=False, soft_wrap=True)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().strip("\n").splitlines())
+        return "\n".join(line.rstrip() for line in output.getvalue().strip("\n").splitlines())
 
     def to_json(self, path: str | Path | None = None) -> str:
         report = {"schema_version": 1, "metrics": {name: asdict(score) for name, score in self.scores.items()}}
@@ -169,7 +168,7 @@ def evaluate(
         extract = get_extractor(extractor)
         feature_id = extract.id
         inputs["x"] = extract(images)
-        if "y" in needed:
+        if reference is not None and "y" in needed:
             inputs["y"] = extract(load_images(reference))
 
     scores = {name: _score(METRICS[name], inputs, feature_id, ci_samples, seed) for name in names}
@@ -184,13 +183,15 @@ def _score(metric: Metric, inputs: dict[str, Any], feature_id: str | None, ci_sa
     result = metric.function(*arguments)
     better, n = metric.higher_is_better, len(inputs["images"])
     if isinstance(result, Tensor):
-        return Score(float(result.mean()), *_interval_of_mean(result, "verifier" in metric.needs), better, n)
+        low, high, kind = _interval_of_mean(result, binary="verifier" in metric.needs)
+        return Score(float(result.mean()), low, high, kind, better, n)
     low = high = kind = None
+    y = inputs["y"] if "y" in metric.needs else None
     if ci_samples:
-        margin = 1.96 * functional.bootstrap_sd(metric.function, *arguments, samples=ci_samples, seed=seed)
+        margin = 1.96 * functional.bootstrap_sd(metric.function, inputs["x"], y, ci_samples, seed)
         low, high, kind = result - margin, result + margin, "bootstrap"
-    m = len(inputs["y"]) if "y" in metric.needs else None
-    floor = metric.floor(*arguments, seed) if metric.floor else None
+    m = None if y is None else len(y)
+    floor = metric.floor(inputs["x"], y, seed) if metric.floor and y is not None else None
     return Score(result, low, high, kind, better, n, m, feature_id, floor)
 
 

@@ -169,7 +169,9 @@ def dataset(n: int, seed: int = 0, split: str = "train") -> tuple[np.ndarray, li
 # --- verifier -------------------------------------------------------------------------------------------------------
 
 _RAYS = np.float32(list(COLORS.values())) - np.float32(BACKGROUND)
-MAX_RESIDUAL = 90.0  # RGB distance to the nearest blend of a named colour and the background; farther is no named colour
+MAX_RESIDUAL = (
+    90.0  # RGB distance to the nearest blend of a named colour and the background; farther is no named colour
+)
 _RADII = np.arange(3.0, 12.01, 0.5)
 
 

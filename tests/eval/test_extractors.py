@@ -4,10 +4,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffgen.eval import extractors
-from diffgen.eval.extractors import get_extractor, load_efficientnet_lite0, resize
 from PIL import Image
 from torch import nn
+
+from diffgen.eval import extractors
+from diffgen.eval.extractors import get_extractor, load_efficientnet_lite0, resize
 
 
 def stripes(n=3, size=32):

@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffgen.eval import functional as f
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from diffgen.eval import functional as f
 
 ROW, COLUMN = torch.arange(1, 16, dtype=torch.float64)[:, None], torch.arange(1, 5, dtype=torch.float64)[None, :]
 X = torch.sin(1.3 * ROW[:12] * COLUMN)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from diffgen.eval import functional as f
 
 X, Y = torch.randn(12, 4), torch.randn(15, 4)

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from diffgen.eval.images import load_images
 from PIL import Image
+
+from diffgen.eval.images import load_images
 
 
 def noise(n=1, size=8, seed=0):

@@ -1,8 +1,9 @@
 import json
 
-import diffgen.eval
 import pytest
 import torch
+
+import diffgen.eval
 from diffgen.eval import EvalResult, evaluate, functional
 from diffgen.eval.extractors import get_extractor
 from diffgen.eval.run import METRICS

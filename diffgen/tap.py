@@ -1,0 +1,425 @@
+"""The tap: a pipeline's denoiser calls and its scheduler.step, intercepted while a `Tap` is open.
+
+At each step the tap sees the conditional and the unconditional prediction (two halves of one call, or two calls), asks a
+rule for the guided one, and answers so that the pipeline's own formula yields it: u + w (c - u) with u = c = guided is
+guided, exactly. It can leave out evaluations that aren't needed, record the calls, and replay them with gradients.
+Nothing stays patched once it is closed.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from diffgen import parametrization
+from diffgen.parametrization import Level
+from diffgen.table import BATCH_ARGUMENTS, SAMPLE_ARGUMENTS, Row, denoisers, row_for
+
+
+@dataclass
+class StepInfo:
+    """One denoising step, as a guidance rule sees it.
+
+    index in 0..num_steps-1; timestep of the scheduler; level (alpha, sigma) of the denoiser's input x [B, ...]; kind: the
+    parametrisation of cond and uncond; state: the rule's memory, tensors [B, ...] by name, empty at step 0.
+    """
+
+    index: int
+    num_steps: int
+    timestep: Any
+    level: Level
+    kind: str
+    x: torch.Tensor
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def rows(self, rows) -> StepInfo:
+        return replace(self, x=self.x[rows], state={k: v[rows] for k, v in self.state.items()})
+
+
+class Rule(Protocol):
+    """What guides: cond, uncond [B, ...] and the step -> guided [B, ...]. It may keep memory in step.state."""
+
+    def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor: ...
+
+    def wants_uncond(self, step: StepInfo) -> torch.Tensor | bool:
+        """Which samples need their unconditional prediction at this step: bool, or bool [B]."""
+        ...
+
+
+def take(value, rows: torch.Tensor, n: int):
+    """Rows of an argument that carries n samples; tensors, lists and dicts of them. Anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value[rows.to(value.device)] if value.ndim and len(value) == n else value
+    if isinstance(value, dict):
+        return {k: take(v, rows, n) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        if len(value) == n and not (value and isinstance(value[0], torch.Tensor) and len(value[0]) == n > 1):
+            return [value[i] for i in rows.tolist()]
+        return type(value)(take(v, rows, n) for v in value)
+    return value
+
+
+@dataclass
+class Call:
+    """A denoiser call with its arguments bound to names."""
+
+    module: torch.nn.Module
+    kwargs: dict[str, Any]
+    forward: Callable
+
+    @property
+    def sample(self):
+        return next(self.kwargs[name] for name in SAMPLE_ARGUMENTS if self.kwargs.get(name) is not None)
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def select(self, rows: torch.Tensor) -> dict[str, Any]:
+        return {k: take(v, rows, len(self)) if k in BATCH_ARGUMENTS else v for k, v in self.kwargs.items()}
+
+    def run(self, rows: torch.Tensor | None = None):
+        return self.forward(**(self.kwargs if rows is None else self.select(rows)))
+
+    def replay(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Prediction [len(rows), ...] by the module itself: hooks, compiled code and gradients as usual."""
+        return prediction(self.module(**(self.kwargs if rows is None else self.select(rows))))
+
+
+def prediction(output) -> torch.Tensor:
+    """First output of a denoiser as one tensor (some return a list of samples)."""
+    first = output[0]
+    return torch.stack(list(first)) if isinstance(first, (list, tuple)) else first
+
+
+def _with_prediction(output, new: torch.Tensor):
+    """The denoiser's output with its prediction replaced, in the type that the pipeline expects."""
+    first = list(new.unbind()) if isinstance(output[0], list) else new
+    if isinstance(output, tuple):
+        return (first, *output[1:])
+    key = next(iter(output.keys()))
+    return type(output)(**{**dict(output.items()), key: first})
+
+
+@dataclass
+class Recorded:
+    """A recorded step: what is needed to predict it again, for all or some of its samples."""
+
+    step: StepInfo
+    cond: Call
+    uncond: Call | None  # the same object as cond where both are halves of one call
+    cond_rows: torch.Tensor
+    uncond_rows: torch.Tensor | None
+    tap: Tap
+
+    def replay(self, rows: torch.Tensor | None = None, grad_uncond: bool = True) -> torch.Tensor:
+        """The model output handed to scheduler.step, [len(rows), ...], with gradients.
+
+        grad_uncond=False: no gradient through the unconditional prediction, which then is a call of its own (flow_grpo's
+        estimator, at three quarters of the cost). With grad_uncond=True a batched pipeline's call is repeated as it was.
+        """
+        step = self.step if rows is None else self.step.rows(rows)
+        step = replace(step, state=dict(step.state))
+        c_rows = self.cond_rows if rows is None else self.cond_rows[rows]
+        if self.uncond is None:
+            return self.tap.finish(self.cond.replay(None if rows is None else c_rows), step)
+        u_rows = self.uncond_rows if rows is None else self.uncond_rows[rows]
+        if self.uncond is self.cond and grad_uncond:
+            both = [c_rows, u_rows] if self.tap.row.cond_first else [u_rows, c_rows]
+            halves = self.cond.replay(None if rows is None else torch.cat(both)).chunk(2)
+            c, u = halves if self.tap.row.cond_first else halves[::-1]
+        else:
+            with torch.set_grad_enabled(grad_uncond and torch.is_grad_enabled()):
+                u = self.uncond.replay(u_rows if self.uncond is self.cond or rows is not None else None)
+            c = self.cond.replay(c_rows if self.uncond is self.cond or rows is not None else None)
+        return self.tap.finish(self.tap.combine(c, u, step), step)
+
+
+_open: set[int] = set()  # ids of patched objects
+
+
+class Tap:
+    """Context manager around one pipeline call.
+
+    rule: guides where the pipeline runs CFG; None leaves predictions alone (and then a CFG step can't be recorded).
+    batch: samples in the call, None to read it off. arguments: the pipeline's call arguments, for rows whose renorm looks
+    at them. record: which step indices to keep in `recorded`. share: [B] for each sample the first one that has the same
+    input, and share_until: up to and including that step only those are evaluated.
+
+    rows_evaluated counts denoiser rows; nfe = rows_evaluated / batch.
+    """
+
+    def __init__(
+        self,
+        pipe,
+        rule: Rule | None = None,
+        *,
+        batch: int | None = None,
+        arguments: dict | None = None,
+        record: Callable[[int], bool] | None = None,
+        share: torch.Tensor | None = None,
+        share_until: int = -1,
+        row: Row | None = None,
+    ):
+        self.pipe, self.rule, self.batch, self.arguments = pipe, rule, batch, arguments or {}
+        self.record, self.share, self.share_until = record, share, share_until
+        self.row = row or row_for(pipe)
+        self.recorded: list[Recorded] = []
+        self.rows_evaluated = 0
+        self.index = 0
+        self._undo: list[Callable[[], None]] = []
+        self._pending: tuple[Call, torch.Tensor, torch.Tensor, Any] | None = None
+        self._state: dict[str, torch.Tensor] = {}
+        self._answer: tuple[torch.Tensor, StepInfo] | None = None
+
+    @property
+    def nfe(self) -> float:
+        return self.rows_evaluated / max(self.batch or 1, 1)
+
+    # --- installing -------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Tap:
+        modules = denoisers(self.pipe)
+        self._targets = [*modules.values(), self.pipe.scheduler]
+        if any(id(target) in _open for target in self._targets):
+            raise RuntimeError(
+                f"{type(self.pipe).__name__} is already being tapped: a pipeline (or one that shares its denoiser or "
+                "scheduler) was called inside a guided or recorded call of itself"
+            )
+        _open.update(map(id, self._targets))
+        try:
+            for module in modules.values():
+                self._install(module)
+            self._wrap(self.pipe.scheduler, "step", self._on_step)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc) -> None:
+        while self._undo:
+            self._undo.pop()()
+        _open.difference_update(map(id, self._targets))
+        self._pending = self._answer = None
+
+    def _install(self, module: torch.nn.Module) -> None:
+        # a module compiled in place is entered through _compiled_call_impl; replacing forward would be traced into it
+        attribute = "forward" if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl"
+        base = getattr(module, "_orig_mod", module)
+        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        signature = inspect.signature(type(base).forward)
+
+        def on_call(original, *args, **kwargs):
+            bound = signature.bind(base, *args, **kwargs).arguments
+            bound.pop(next(iter(signature.parameters)))
+            for name, parameter in signature.parameters.items():
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    bound.update(bound.pop(name, {}))
+            return self._on_call(Call(module, bound, original))
+
+        self._wrap(module, attribute, on_call)
+
+    def _wrap(self, target, attribute: str, handler: Callable) -> None:
+        had, original = attribute in vars(target), getattr(target, attribute)
+
+        @functools.wraps(original)
+        def wrapper(*args, **kwargs):
+            return handler(original, *args, **kwargs)
+
+        def undo():
+            if vars(target).get(attribute) is wrapper:
+                if had:
+                    setattr(target, attribute, original)
+                else:
+                    delattr(target, attribute)
+            elif vars(target).get("_old_forward") is wrapper:  # an accelerate hook was put on top of us
+                target._old_forward = original
+
+        setattr(target, attribute, wrapper)
+        self._undo.append(undo)
+
+    # --- the two touch points ---------------------------------------------------------------------------------------
+
+    def _on_step(self, original, model_output, *args, **kwargs):
+        if self._answer is not None:
+            self._verify(model_output)
+        elif self._pending is not None:  # a call that no second one followed: the pipeline ran without CFG
+            call, rows, cond, _ = self._pending
+            self._keep(call, None, rows, None, self._step_info(call, rows))
+            if self._recording:
+                self._answer = (cond, self.recorded[-1].step)
+                self._verify(model_output)
+        self._pending = self._answer = None
+        self.index += 1
+        return original(model_output, *args, **kwargs)
+
+    def _on_call(self, call: Call):
+        if call.kwargs.get("skip_layers") is not None:
+            raise ValueError(
+                "skip_guidance_layers makes a third denoiser call that a guidance rule would misread; leave it out"
+            )
+        n = len(call)
+        if self.batch is None:
+            self.batch = n // 2 if self.row.layout == "batched" and self.rule is not None else n
+        if n == 3 * self.batch:
+            raise ValueError(f"{type(self.pipe).__name__} runs three branches in a call, which no rule here can guide")
+        if n == 2 * self.batch:
+            return self._on_both(call)
+        if n != self.batch:
+            raise RuntimeError(
+                f"{type(self.pipe).__name__} called its denoiser on {n} rows; expected {self.batch} samples or "
+                f"{2 * self.batch} for CFG in one call"
+            )
+        return self._on_cond(call) if self._pending is None else self._on_uncond(call)
+
+    def _on_both(self, call: Call):
+        """One call on both halves."""
+        b = self.batch
+        first, second = torch.arange(b), torch.arange(b, 2 * b)
+        c_rows, u_rows = (first, second) if self.row.cond_first else (second, first)
+        step = self._step_info(call, c_rows)
+        if self.rule is None:
+            if self._recording:
+                raise ValueError("recording a step with CFG needs a rule, for example CFG(scale)")
+            self.rows_evaluated += 2 * b
+            return call.run()
+        self._keep(call, call, c_rows, u_rows, step)
+        want, reps, inverse = self._needed(step)
+        if want.all() and reps is None:
+            output = call.run()
+            self.rows_evaluated += 2 * b
+            halves = prediction(output).chunk(2)
+            c, u = halves if self.row.cond_first else halves[::-1]
+        else:
+            reps = torch.arange(b) if reps is None else reps
+            active = reps[want[reps]]
+            output = call.run(torch.cat([c_rows[reps], u_rows[active]]))
+            self.rows_evaluated += len(reps) + len(active)
+            out = prediction(output)
+            c, u = self._spread(out[: len(reps)], out[len(reps) :], want, reps, inverse)
+        guided = self.combine(c, u, step)
+        self._answered(guided, step)
+        return _with_prediction(output, torch.cat([guided, guided]))
+
+    def _on_cond(self, call: Call):
+        rows = torch.arange(self.batch)
+        _, reps, inverse = self._needed(None)
+        output = call.run(reps)
+        self.rows_evaluated += self.batch if reps is None else len(reps)
+        cond = prediction(output)
+        if reps is not None:
+            cond = cond[inverse]
+        # a clone: a cache that keeps the output must not see it overwritten at the second call
+        answer = cond.clone()
+        self._pending = (call, rows, cond, answer)
+        return _with_prediction(output, answer)
+
+    def _on_uncond(self, call: Call):
+        """The second call of a step: its answer, and the one already given, become the guided prediction."""
+        first, rows, c, answer = self._pending
+        step = self._step_info(first, rows)
+        if self.rule is None:
+            if self._recording:
+                raise ValueError("recording a step with CFG needs a rule, for example CFG(scale)")
+            self.rows_evaluated += self.batch
+            self._pending = None
+            return call.run()
+        self._keep(first, call, rows, rows, step)
+        want, reps, inverse = self._needed(step)
+        reps = rows if reps is None else reps
+        active = reps[want[reps]]
+        if len(active):
+            output = call.run(None if len(active) == self.batch else active)
+            self.rows_evaluated += len(active)
+            _, u = self._spread(c[reps], prediction(output), want, reps, inverse)
+        else:
+            output, u = (c,), c
+        guided = self.combine(c, u, step)
+        answer.copy_(guided)
+        self._pending = None
+        self._answered(guided, step)
+        return _with_prediction(output, guided)
+
+    # --- helpers ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _recording(self) -> bool:
+        return self.record is not None and self.record(self.index)
+
+    def _step_info(self, call: Call, rows: torch.Tensor) -> StepInfo:
+        scheduler = self.pipe.scheduler
+        timesteps = scheduler.timesteps
+        # pipelines that start late (img2img) trim the schedule and tell the scheduler where it begins
+        position = min((getattr(scheduler, "begin_index", None) or 0) + self.index, len(timesteps) - 1)
+        timestep = timesteps[position]
+        x = call.sample
+        x = torch.stack([x[i] for i in rows.tolist()]) if isinstance(x, (list, tuple)) else x[rows.to(x.device)]
+        return StepInfo(
+            index=self.index,
+            num_steps=len(timesteps),
+            timestep=timestep,
+            level=parametrization.noise_level(scheduler, timestep),
+            kind=parametrization.prediction_kind(scheduler),
+            x=x,
+            state=self._state,
+        )
+
+    def _needed(self, step: StepInfo | None):
+        """(want uncond [B], evaluated rows or None for all, inverse): evaluated[inverse] is every row again."""
+        want = torch.ones(self.batch, dtype=torch.bool)
+        if step is not None and self.rule is not None:
+            want = want & torch.as_tensor(self.rule.wants_uncond(step)).cpu()
+        if self.share is None or self.index > self.share_until:
+            return want, None, None
+        reps, inverse = torch.unique(self.share, return_inverse=True)
+        return want, reps, inverse
+
+    @staticmethod
+    def _spread(c, u, want, reps, inverse):
+        """Evaluated rows -> all rows; an unconditional prediction that wasn't evaluated is the conditional one."""
+        full = c.clone()
+        full[want[reps].to(c.device)] = u
+        return (c, full) if inverse is None else (c[inverse], full[inverse])
+
+    def combine(self, c: torch.Tensor, u: torch.Tensor, step: StepInfo) -> torch.Tensor:
+        """The guided prediction: the rule's, then the pipeline's own renorm. A learned variance stays conditional."""
+        channels = step.x.shape[1]
+        if c.shape[1] == 2 * channels and c.ndim == step.x.ndim:
+            guided = torch.cat([self.rule(c[:, :channels], u[:, :channels], step), c[:, channels:]], 1)
+        else:
+            guided = self.rule(c, u, step)
+        return guided if self.row.renorm is None else self.row.renorm(guided, c, self.arguments)
+
+    def finish(self, guided: torch.Tensor, step: StepInfo) -> torch.Tensor:
+        """What the pipeline makes of the guided prediction before it calls scheduler.step."""
+        if self.row.post is None or (self.row.post.__name__ == "_drop_variance" and guided.shape[1] == step.x.shape[1]):
+            return guided
+        return self.row.post(guided)
+
+    def _keep(self, cond: Call, uncond: Call | None, c_rows, u_rows, step: StepInfo) -> None:
+        if self._recording:
+            snapshot = replace(step, state=dict(step.state))
+            self.recorded.append(Recorded(snapshot, cond, uncond, c_rows, u_rows, self))
+
+    def _answered(self, guided: torch.Tensor, step: StepInfo) -> None:
+        self._state = step.state
+        self._answer = (guided, step)
+
+    def _verify(self, model_output: torch.Tensor) -> None:
+        """At a run's first step: the scheduler gets what the row says, else the row (or the guess) is wrong."""
+        if self.index > 0:
+            return
+        guided, step = self._answer
+        expected = self.finish(guided, step)
+        if expected.shape == model_output.shape and torch.allclose(
+            expected.to(model_output.dtype), model_output, rtol=1e-3, atol=1e-5, equal_nan=True
+        ):
+            return
+        raise RuntimeError(
+            f"{type(self.pipe).__name__} changes the guided prediction before scheduler.step in a way that its row in "
+            "diffgen/table.py does not describe (post, renorm); switch off the pipeline's own rescaling, or add a row"
+        )

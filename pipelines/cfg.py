@@ -1,0 +1,33 @@
+"""Classifier-free guidance (arXiv 2207.12598) and its rescale (arXiv 2305.08891)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from diffgen.pipelines.base import Guidance, per_sample
+from diffgen.tap import StepInfo
+
+
+@dataclass
+class CFG(Guidance):
+    """g = u + w (c - u); with rescale phi: phi * g * std(c) / std(g) + (1 - phi) * g, stds per sample.
+
+    scale w (7.5; 1 is conditional only), rescale phi in [0, 1] (0, off; the paper recommends 0.7 for v-prediction with
+    zero terminal SNR). arXiv 2207.12598, 2305.08891.
+    """
+
+    rescale: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"CFG.rescale must be in [0, 1], got {self.rescale!r}")
+
+    def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
+        guided = uncond + self.scale * (cond - uncond)
+        if not self.rescale:
+            return guided
+        ratio = cond.flatten(1).std(1) / guided.flatten(1).std(1)
+        return self.rescale * (guided * per_sample(ratio, guided)) + (1 - self.rescale) * guided

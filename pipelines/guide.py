@@ -1,0 +1,143 @@
+"""guide(pipe, rule): swap a pipeline's guidance in one line."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+
+from diffgen.pipelines.base import Guidance
+from diffgen.table import Row, denoisers, row_for
+from diffgen.tap import Tap
+
+
+class Run:
+    """What `guide` returns. As a context manager it takes the rule off again at the end.
+
+    nfe: denoiser rows evaluated per sample in the last call (CFG at 20 steps: 40).
+    """
+
+    def __init__(self, pipe, rule: Guidance, row: Row, previous: Run | None):
+        self.pipe, self.rule, self.row, self._previous = pipe, rule, row, previous
+        self.nfe = 0.0
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        _set(self.pipe, self._previous)
+
+
+def guide(pipe, rule: Guidance | None) -> Run | None:
+    """Every call of `pipe` is guided by `rule`, until guide(pipe, None), or the end of a `with` block.
+
+        with guide(pipe, APG(scale=10)) as run:
+            image = pipe("a red circle").images[0]
+
+    CFG is switched on, at the rule's scale, whatever the pipeline's default; a guidance_scale (or true_cfg_scale) in a call
+    takes the rule's place for that call. Pipelines whose CFG needs a negative prompt get "". A rule given inside another's
+    `with` block replaces it until its own block ends. Raises ValueError for a pipeline that cannot be guided.
+    """
+    if rule is None:
+        _set(pipe, None)
+        return None
+    if not isinstance(rule, Guidance):
+        raise TypeError(f"rule must be a Guidance such as CFG(scale=4) or APG(scale=10), got {rule!r}")
+    row = row_for(pipe)
+    for name, module in denoisers(pipe).items():
+        config = getattr(module, "config", {})
+        if config.get("time_cond_proj_dim") is not None:
+            raise ValueError(
+                f"{name} is guidance-distilled (time_cond_proj_dim is set, as in LCM): the pipeline never runs the "
+                "unconditional branch that a guidance rule needs"
+            )
+        if config.get("guidance_embeds"):
+            warnings.warn(
+                f"{name} is guidance-distilled (guidance_embeds): guidance_scale stays the embedded guidance; "
+                f"{type(rule).__name__} acts as true CFG on top of it, with twice the evaluations",
+                stacklevel=2,
+            )
+    if not row.known:
+        warnings.warn(
+            f"{type(pipe).__name__} is not in the pipeline table; its layout is guessed from its calls. "
+            "diffgen.check(pipe, prompt) compares CFG through the tap with the stock pipeline",
+            stacklevel=2,
+        )
+    run = Run(pipe, rule, row, vars(pipe).get("_guidance_run"))
+    _set(pipe, run)
+    return run
+
+
+def _set(pipe, run: Run | None) -> None:
+    base = getattr(type(pipe), "_unguided", type(pipe))
+    pipe.__class__ = base if run is None else _guided_class(base)
+    if run is None:
+        vars(pipe).pop("_guidance_run", None)
+    else:
+        vars(pipe)["_guidance_run"] = run
+
+
+@functools.cache
+def _guided_class(base: type) -> type:
+    """A subclass of the same name whose call is guided, so that saving and isinstance are as before."""
+
+    @functools.wraps(base.__call__)
+    def __call__(self, *args, **kwargs):
+        run: Run = vars(self)["_guidance_run"]
+        arguments = bind(base, args, kwargs)
+        rule, arguments = apply_rule(run.row, run.rule, arguments)
+        with tap(self, rule, run.row, arguments) as opened:
+            try:
+                return base.__call__(self, **arguments)
+            finally:
+                run.nfe = opened.nfe
+
+    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__, "_unguided": base})
+
+
+def bind(base: type, args: tuple, kwargs: dict) -> dict:
+    """Positional and keyword arguments of base.__call__ -> a dict of the arguments given."""
+    signature = inspect.signature(base.__call__)
+    bound = dict(signature.bind(None, *args, **kwargs).arguments)
+    bound.pop(next(iter(signature.parameters)))
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+    return bound
+
+
+def tap(pipe, rule: Guidance | None, row: Row, arguments: dict, **options) -> Tap:
+    """The tap for one call with these arguments."""
+    return Tap(pipe, rule, row=row, batch=batch_size(arguments), arguments=arguments, **options)
+
+
+def batch_size(arguments: dict) -> int | None:
+    """Samples that a call makes: prompts times images (or videos) per prompt. None where it can't be told."""
+    for name in ("prompt", "prompt_embeds"):
+        value = arguments.get(name)
+        if value is not None:
+            prompts = 1 if isinstance(value, str) else len(value)
+            per_prompt = arguments.get("num_images_per_prompt") or arguments.get("num_videos_per_prompt") or 1
+            return prompts * per_prompt
+    return None
+
+
+def apply_rule(row: Row, rule: Guidance | None, arguments: dict) -> tuple[Guidance | None, dict]:
+    """(rule for this call, call arguments that switch the pipeline's CFG on for it). rule None: CFG off."""
+    arguments = dict(arguments)
+    if rule is None:
+        return None, arguments | {row.scale: 1.0 - row.scale_offset}
+    if arguments.get("guidance_rescale"):
+        raise ValueError("guidance_rescale would be lost under guide(); use CFG(scale, rescale=...)")
+    if arguments.get("guidance_scale_2") is not None:
+        raise ValueError("guidance_scale_2 (another scale for the second expert) is not supported under guide()")
+    if arguments.get(row.scale) is not None:
+        rule = rule.with_scale(arguments[row.scale] + row.scale_offset)
+    arguments[row.scale] = rule.scale - row.scale_offset
+    if (
+        row.needs_negative
+        and rule.scale > 1
+        and not any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+    ):
+        arguments["negative_prompt"] = ""
+    return rule, arguments
