@@ -16,35 +16,11 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 # Arguments of denoisers that carry the batch. Sliced by name: slicing whatever has the batch's length cuts text tokens
 # or image ids as soon as their number happens to equal the batch size.
 BATCH_ARGUMENTS = frozenset(
-    [
-        "sample",
-        "hidden_states",
-        "x",
-        "timestep",
-        "t",
-        "encoder_hidden_states",
-        "cap_feats",
-        "encoder_attention_mask",
-        "attention_mask",
-        "encoder_hidden_states_mask",
-        "pooled_projections",
-        "guidance",
-        "class_labels",
-        "timestep_cond",
-        "added_cond_kwargs",
-        "original_size",
-        "target_size",
-        "crop_coords",
-        "img_shapes",
-        "image_embeds",
-        "encoder_hidden_states_image",
-        "controlnet_block_samples",
-        "controlnet_single_block_samples",
-        "block_controlnet_hidden_states",
-        "down_block_additional_residuals",
-        "mid_block_additional_residual",
-        "down_intrablock_additional_residuals",
-    ]
+    """sample hidden_states x timestep t encoder_hidden_states cap_feats encoder_attention_mask attention_mask
+    encoder_hidden_states_mask pooled_projections guidance class_labels timestep_cond added_cond_kwargs original_size
+    target_size crop_coords img_shapes image_embeds encoder_hidden_states_image controlnet_block_samples
+    controlnet_single_block_samples block_controlnet_hidden_states down_block_additional_residuals
+    mid_block_additional_residual down_intrablock_additional_residuals""".split()
 )
 SAMPLE_ARGUMENTS = ("sample", "hidden_states", "x")
 
