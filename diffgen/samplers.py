@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffgen.parametrization import Level, from_x0, to_x0
+from diffgen.parametrization import Level, convert, to_x0
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def ddim(
     """
     x, out = _full(x), _full(out)
     x0 = to_x0(out, x, now, kind)
-    eps = from_x0(x0, x, now, "epsilon")
+    eps = convert(out, x, now, kind, "epsilon")
     ratio = float(next.sigma) / float(now.sigma)
     std = eta * ratio * math.sqrt(max(0.0, 1 - (float(now.alpha) / float(next.alpha)) ** 2))
     direction = math.sqrt(max(0.0, float(next.sigma) ** 2 - std**2))

@@ -11,6 +11,7 @@ They save, load and run in stock pipelines. `stochastic(scheduler)` turns a pipe
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,6 +55,20 @@ def _extends(parent: type, **extra):
     return decorate
 
 
+def _restarting(parent: type):
+    """parent.set_timesteps, which also starts counting steps anew.
+
+    With the parent's signature: pipelines read off it whether a scheduler takes sigmas or timesteps.
+    """
+
+    @functools.wraps(parent.set_timesteps)
+    def set_timesteps(self, *args, **kwargs):
+        parent.set_timesteps(self, *args, **kwargs)
+        self._count = 0
+
+    return set_timesteps
+
+
 class _Stochastic:
     """What both schedulers share: where noise comes from, which steps are stochastic, recording."""
 
@@ -61,10 +76,6 @@ class _Stochastic:
     """(step, like [B, ...]) -> standard normal noise; None draws from the step's generator or the global one."""
     _transitions: list[Transition] | None = None
     _count = 0
-
-    def set_timesteps(self, *args, **kwargs):
-        super().set_timesteps(*args, **kwargs)
-        self._count = 0
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Transition]]:
@@ -113,6 +124,8 @@ class FlowSDEScheduler(_Stochastic, FlowMatchEulerDiscreteScheduler):
     def __init__(self, *args, noise_level=0.7, window=None, **config):
         super().__init__(*args, **config)
 
+    set_timesteps = _restarting(FlowMatchEulerDiscreteScheduler)
+
     def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
         if not self.config.noise_level or not self._is_stochastic(self._count):
             result = super().step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
@@ -142,6 +155,8 @@ class DDIMSDEScheduler(_Stochastic, DDIMScheduler):
     @_extends(DDIMScheduler, eta=1.0, window=None)
     def __init__(self, *args, eta=1.0, window=None, **config):
         super().__init__(*args, **config)
+
+    set_timesteps = _restarting(DDIMScheduler)
 
     def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
         if self.num_inference_steps is None:
@@ -173,8 +188,15 @@ def stochastic(scheduler, *, window: tuple[int, int] | None = None, noise_level:
     if is_flow(scheduler):
         if "flow_shift" in config:  # UniPC's and DPM-Solver's name
             config["shift"] = config["flow_shift"]
-        extra = {} if noise_level is None else {"noise_level": noise_level}
-        return FlowSDEScheduler.from_config(config, window=window, **extra)
-    extra = {} if noise_level is None else {"eta": noise_level}
-    config |= {"clip_sample": False, "thresholding": False, "timestep_spacing": "leading"}
-    return DDIMSDEScheduler.from_config(config, window=window, **extra)
+        return _from_config(FlowSDEScheduler, config, window=window, noise_level=noise_level)
+    config |= {"clip_sample": False, "thresholding": False}
+    if config.get("timestep_spacing") != "trailing":  # DDIM's step assumes equal distances
+        config["timestep_spacing"] = "leading"
+    return _from_config(DDIMSDEScheduler, config, window=window, eta=noise_level)
+
+
+def _from_config(cls: type, config: dict, *, window, **extra):
+    """cls with those entries of another scheduler's config that it has too; extra where it isn't None."""
+    known = inspect.signature(cls.__init__).parameters
+    config = {k: v for k, v in config.items() if k in known}
+    return cls.from_config(config, window=window, **{k: v for k, v in extra.items() if v is not None})

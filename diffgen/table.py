@@ -1,7 +1,7 @@
 """The pipeline table: one row a pipeline class, all that diffgen knows of it.
 
-A new pipeline needs a row only where the defaults of `Row` don't fit; `python -m diffgen.table NAME` (or
-`diffgen.check`) compares CFG through the tap with the stock pipeline.
+A new pipeline needs a row only where the defaults of `Row` don't fit; `diffgen.check(pipe)` compares CFG through the tap
+with the stock pipeline.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ BATCH_ARGUMENTS = frozenset(
     mid_block_additional_residual down_intrablock_additional_residuals""".split()
 )
 SAMPLE_ARGUMENTS = ("sample", "hidden_states", "x")
+# Lists with one entry a sample. All other lists (ControlNet residuals) hold tensors that carry the batch.
+SAMPLE_LISTS = frozenset(["sample", "hidden_states", "x", "cap_feats", "img_shapes"])
 
 
 def _negate(out: torch.Tensor) -> torch.Tensor:
@@ -61,7 +63,8 @@ class Row:
     call. scale: the call argument that switches CFG on and scales it. scale_offset: u + w (c - u) has
     w = argument + offset. needs_negative: CFG is off unless a negative prompt is passed. renorm(guided, cond, arguments):
     what the pipeline does with its guided prediction that looks at cond. post(guided): what it does after that, before
-    scheduler.step.
+    scheduler.step. upcast: it guides in float32, whatever the denoiser's dtype. negated: the denoiser predicts minus what
+    the scheduler takes (and post negates it); rules see the scheduler's sign.
     """
 
     layout: str = "batched"
@@ -71,6 +74,8 @@ class Row:
     needs_negative: bool = False
     renorm: Callable[[torch.Tensor, torch.Tensor, dict], torch.Tensor] | None = None
     post: Callable[[torch.Tensor], torch.Tensor] | None = None
+    upcast: bool = False
+    negated: bool = False
     known: bool = True
 
 
@@ -82,16 +87,18 @@ ROWS: dict[str, Row] = {
     "StableDiffusionPipeline": BATCHED,
     "StableDiffusionXLPipeline": BATCHED,
     "StableDiffusion3Pipeline": BATCHED,
-    "LTXPipeline": BATCHED,
+    "LTXPipeline": Row(upcast=True),
     "AuraFlowPipeline": BATCHED,
-    "SanaPipeline": BATCHED,
+    "SanaPipeline": Row(upcast=True),
     "PixArtSigmaPipeline": Row(post=_drop_variance),
     "FluxPipeline": TRUE_CFG,
     "QwenImagePipeline": Row("two_calls", scale="true_cfg_scale", needs_negative=True, renorm=_match_norm_last),
     "WanPipeline": TWO_CALLS,
     "CogView4Pipeline": TWO_CALLS,
-    "Lumina2Pipeline": Row("two_calls", renorm=_lumina_norm, post=_negate),
-    "ZImagePipeline": Row(cond_first=True, scale_offset=1.0, renorm=_zimage_norm, post=_negate_frame),
+    "Lumina2Pipeline": Row("two_calls", renorm=_lumina_norm, post=_negate, negated=True),
+    "ZImagePipeline": Row(
+        cond_first=True, scale_offset=1.0, renorm=_zimage_norm, post=_negate_frame, upcast=True, negated=True
+    ),
 }
 
 UNSUPPORTED = {

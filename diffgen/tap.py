@@ -18,7 +18,7 @@ import torch
 
 from diffgen import parametrization
 from diffgen.parametrization import Level
-from diffgen.table import BATCH_ARGUMENTS, SAMPLE_ARGUMENTS, Row, denoisers, row_for
+from diffgen.table import BATCH_ARGUMENTS, SAMPLE_ARGUMENTS, SAMPLE_LISTS, Row, denoisers, row_for
 
 
 @dataclass
@@ -51,14 +51,17 @@ class Rule(Protocol):
         ...
 
 
-def take(value, rows: torch.Tensor, n: int):
-    """Rows of an argument that carries n samples; tensors, lists and dicts of them. Anything else as it is."""
+def take(value, rows: torch.Tensor, n: int, per_sample: bool = False):
+    """Rows of an argument that carries n samples; tensors, lists and dicts of them. Anything else as it is.
+
+    per_sample: a list has one entry a sample; otherwise it is a list of tensors [n, ...].
+    """
     if isinstance(value, torch.Tensor):
         return value[rows.to(value.device)] if value.ndim and len(value) == n else value
     if isinstance(value, dict):
         return {k: take(v, rows, n) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        if len(value) == n and not (value and isinstance(value[0], torch.Tensor) and len(value[0]) == n > 1):
+        if per_sample and len(value) == n:
             return [value[i] for i in rows.tolist()]
         return type(value)(take(v, rows, n) for v in value)
     return value
@@ -80,7 +83,8 @@ class Call:
         return len(self.sample)
 
     def select(self, rows: torch.Tensor) -> dict[str, Any]:
-        return {k: take(v, rows, len(self)) if k in BATCH_ARGUMENTS else v for k, v in self.kwargs.items()}
+        n = len(self)
+        return {k: take(v, rows, n, k in SAMPLE_LISTS) if k in BATCH_ARGUMENTS else v for k, v in self.kwargs.items()}
 
     def run(self, rows: torch.Tensor | None = None):
         return self.forward(**(self.kwargs if rows is None else self.select(rows)))
@@ -122,6 +126,7 @@ class Recorded:
         grad_uncond=False: no gradient through the unconditional prediction, which then is a call of its own (flow_grpo's
         estimator, at three quarters of the cost). With grad_uncond=True a batched pipeline's call is repeated as it was.
         """
+        rows = None if rows is None else rows.cpu()
         step = self.step if rows is None else self.step.rows(rows)
         step = replace(step, state=dict(step.state))
         c_rows = self.cond_rows if rows is None else self.cond_rows[rows]
@@ -139,6 +144,20 @@ class Recorded:
         return self.tap.finish(self.tap.combine(c, u, step), step)
 
 
+def _begin(scheduler, call: Call) -> int:
+    """Where in scheduler.timesteps a run starts: pipelines that start late (img2img) trim the schedule.
+
+    They tell the scheduler, where it knows a begin_index (DDIM and DDPM don't); else the call's timestep says it.
+    """
+    if hasattr(scheduler, "begin_index"):
+        return scheduler.begin_index or 0
+    timestep = call.kwargs.get("timestep")
+    if timestep is None:
+        return 0
+    match = (scheduler.timesteps.cpu() == torch.as_tensor(timestep).flatten()[0].cpu()).nonzero()
+    return int(match[0]) if len(match) else 0
+
+
 _open: set[int] = set()  # ids of patched objects
 
 
@@ -150,7 +169,7 @@ class Tap:
     at them. record: which step indices to keep in `recorded`. share: [B] for each sample the first one that has the same
     input, and share_until: up to and including that step only those are evaluated.
 
-    rows_evaluated counts denoiser rows; nfe = rows_evaluated / batch.
+    rows_evaluated counts denoiser rows; nfe = rows_evaluated / batch. guided_steps counts steps that ran CFG.
     """
 
     def __init__(
@@ -169,8 +188,9 @@ class Tap:
         self.record, self.share, self.share_until = record, share, share_until
         self.row = row or row_for(pipe)
         self.recorded: list[Recorded] = []
-        self.rows_evaluated = 0
+        self.rows_evaluated = self.guided_steps = 0
         self.index = 0
+        self._begin = 0
         self._undo: list[Callable[[], None]] = []
         self._pending: tuple[Call, torch.Tensor, torch.Tensor, Any] | None = None
         self._state: dict[str, torch.Tensor] = {}
@@ -353,14 +373,14 @@ class Tap:
     def _step_info(self, call: Call, rows: torch.Tensor) -> StepInfo:
         scheduler = self.pipe.scheduler
         timesteps = scheduler.timesteps
-        # pipelines that start late (img2img) trim the schedule and tell the scheduler where it begins
-        position = min((getattr(scheduler, "begin_index", None) or 0) + self.index, len(timesteps) - 1)
-        timestep = timesteps[position]
+        if self.index == 0:
+            self._begin = _begin(scheduler, call)
+        timestep = timesteps[min(self._begin + self.index, len(timesteps) - 1)]
         x = call.sample
         x = torch.stack([x[i] for i in rows.tolist()]) if isinstance(x, (list, tuple)) else x[rows.to(x.device)]
         return StepInfo(
             index=self.index,
-            num_steps=len(timesteps),
+            num_steps=len(timesteps) - self._begin,
             timestep=timestep,
             level=parametrization.noise_level(scheduler, timestep),
             kind=parametrization.prediction_kind(scheduler),
@@ -387,15 +407,22 @@ class Tap:
 
     def combine(self, c: torch.Tensor, u: torch.Tensor, step: StepInfo) -> torch.Tensor:
         """The guided prediction: the rule's, then the pipeline's own renorm. A learned variance stays conditional."""
+        if self.row.upcast:
+            c, u = c.float(), u.float()
+        if self.row.negated:  # negation is exact, so CFG stays what it is bit for bit
+            c, u = -c, -u
         channels = step.x.shape[1]
         if c.shape[1] == 2 * channels and c.ndim == step.x.ndim:
             guided = torch.cat([self.rule(c[:, :channels], u[:, :channels], step), c[:, channels:]], 1)
         else:
             guided = self.rule(c, u, step)
+        if self.row.negated:
+            c, guided = -c, -guided
         return guided if self.row.renorm is None else self.row.renorm(guided, c, self.arguments)
 
     def finish(self, guided: torch.Tensor, step: StepInfo) -> torch.Tensor:
         """What the pipeline makes of the guided prediction before it calls scheduler.step."""
+        guided = guided.float() if self.row.upcast else guided
         if self.row.post is None or (self.row.post.__name__ == "_drop_variance" and guided.shape[1] == step.x.shape[1]):
             return guided
         return self.row.post(guided)
@@ -408,6 +435,7 @@ class Tap:
     def _answered(self, guided: torch.Tensor, step: StepInfo) -> None:
         self._state = step.state
         self._answer = (guided, step)
+        self.guided_steps += 1
 
     def _verify(self, model_output: torch.Tensor) -> None:
         """At a run's first step: the scheduler gets what the row says, else the row (or the guess) is wrong."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+# Two functions named as their modules. They are imported here, and not on demand like the rest: importing a submodule
+# puts it on the package under its name, so later it would stand where the function is expected.
+from diffgen.pipelines.check import check
+from diffgen.pipelines.guide import guide
+
 _EXPORTS = {
     "APG": "diffgen.pipelines.apg",
     "CFG": "diffgen.pipelines.cfg",
     "Guidance": "diffgen.pipelines.base",
-    "guide": "diffgen.pipelines.guide",
 }
-__all__ = sorted(_EXPORTS)
+__all__ = sorted([*_EXPORTS, "check", "guide"])
 
 
 def __getattr__(name: str):
@@ -16,6 +20,6 @@ def __getattr__(name: str):
         import importlib
 
         value = getattr(importlib.import_module(_EXPORTS[name]), name)
-        globals()[name] = value  # the submodule `guide` would shadow the function otherwise
+        globals()[name] = value
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

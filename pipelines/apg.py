@@ -9,6 +9,7 @@ import torch
 
 from diffgen.parametrization import slope, to_x0
 from diffgen.pipelines.base import Guidance
+from diffgen.registry import register
 from diffgen.tap import StepInfo
 
 
@@ -27,6 +28,7 @@ def projected_update(d: torch.Tensor, direction: torch.Tensor, eta: float, norm_
     return (flat - (1 - eta) * parallel).view_as(d).to(d.dtype)
 
 
+@register("guidance", "apg", paper="2410.02416")
 @dataclass
 class APG(Guidance):
     """D = D_c + (w - 1) U, on denoised predictions: less saturation at high scales.
@@ -61,6 +63,8 @@ class APG(Guidance):
     def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
         if self.eta == 1 and not self.norm_threshold and not self.momentum:
             return uncond + self.scale * (cond - uncond)
+        if cond.shape != uncond.shape:
+            raise ValueError(f"APG: cond {tuple(cond.shape)} and uncond {tuple(uncond.shape)} must have one shape")
         k, direction = -1.0, cond
         if self.space == "x0" and step.kind != "sample":
             k = max(slope(step.level, step.kind), 1e-4)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from diffgen.pipelines.base import Guidance, per_sample
+from diffgen.registry import register
 from diffgen.tap import StepInfo
 
 
+@register("guidance", "cfg", paper="2207.12598")
 @dataclass
 class CFG(Guidance):
     """g = u + w (c - u); with rescale phi: phi * g * std(c) / std(g) + (1 - phi) * g, stds per sample.

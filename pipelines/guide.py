@@ -22,6 +22,7 @@ class Run:
         self.nfe = 0.0
 
     def __enter__(self) -> Run:
+        _set(self.pipe, self)
         return self
 
     def __exit__(self, *exc) -> None:
@@ -92,7 +93,16 @@ def _guided_class(base: type) -> type:
             finally:
                 run.nfe = opened.nfe
 
-    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__, "_unguided": base})
+    def __reduce_ex__(self, protocol):  # pickle finds classes by name, and would find the unguided one
+        return _new_guided, (base,), vars(self).copy()
+
+    members = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__, "_unguided": base}
+    return type(base.__name__, (base,), members)
+
+
+def _new_guided(base: type):
+    guided = _guided_class(base)
+    return guided.__new__(guided)
 
 
 def bind(base: type, args: tuple, kwargs: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Trains the shipped base model of the world "shapes": python -m diffgen.worlds.train_shapes OUT [--steps 3000].
+"""Trains the shipped base model of the world "shapes": python -m diffgen.worlds.train_shapes OUT.
 
 A StableDiffusion3Pipeline of 7 M parameters on 8x8x24 latents (16 image tokens). The base is mediocre on purpose
 (about half of its samples pass the verifier under CFG 3), so that reinforcement learning has something to do.
@@ -169,7 +169,16 @@ def accuracy(pipe, n: int, guidance_scale: float, seed: int = 0, split: str = "a
     return float(shapes.verify(np.concatenate(images), prompts).mean())
 
 
-def train(steps: int, out: Path, batch: int = 64, n_images: int = 30_000, eval_every: int = 500, seed: int = 0):
+def train(
+    steps: int,
+    out: Path,
+    until: float,
+    batch: int = 64,
+    n_images: int = 30_000,
+    evaluate_from: int = 800,
+    seed: int = 0,
+):
+    """Trains for `steps`, or until the verifier accepts a share `until` of the samples under CFG 3 (asked every 50 steps)."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     pixels, prompts = shapes.dataset(n_images, seed, split="all")
@@ -209,17 +218,20 @@ def train(steps: int, out: Path, batch: int = 64, n_images: int = 30_000, eval_e
             opt.step()
             opt.zero_grad(set_to_none=True)
         torch._foreach_lerp_(ema, [p.detach() for p in params], max(0.003, 1 / (step + 2)))
-        if (step + 1) % eval_every == 0 or step + 1 == steps:
+        last = step + 1 == steps
+        if ((step + 1) % 50 == 0 and step >= evaluate_from) or last:
             trained = [p.detach().clone() for p in params]
             torch._foreach_copy_([p.data for p in params], ema)
             row = {"step": step + 1, "loss": round(loss.item(), 4), "seconds": round(time.time() - started)}
             row |= {f"cfg{w}": accuracy(pipe, 192, w) for w in (1, 3)}
+            last = last or row["cfg3"] >= until
             log.append(row)
             tqdm.write(json.dumps(row))
-            save(pipe, out, log)
+            if last:
+                save(pipe, out, log)
+                return pipe
             torch._foreach_copy_([p.data for p in params], trained)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return pipe
 
 
 def save(pipe, out: Path, log: list[dict]):
@@ -232,12 +244,13 @@ def save(pipe, out: Path, log: list[dict]):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--eval-every", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=3200, help="length of the learning-rate schedule")
+    parser.add_argument("--until", type=float, default=0.55, help="stop at this accuracy under CFG 3")
+    parser.add_argument("--evaluate-from", type=int, default=800, help="first step at which the accuracy is measured")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    train(args.steps, args.out, eval_every=args.eval_every, seed=args.seed)
+    train(args.steps, args.out, args.until, evaluate_from=args.evaluate_from, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Rewards: `reward(samples, prompts, **columns) -> Tensor [B]` (or {name: [B]}), one short file a family."""

@@ -1,0 +1,110 @@
+"""One registry of methods: a name, a stage, a function with keyword options.
+
+    @register("advantage", "group", paper="2402.03300")
+    def group(rewards, group, *, clip=5.0): ...
+
+A config names it as `advantage: group` or `advantage: {name: group, clip: 3}`; options are checked against the signature.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffgen.names import nearest
+
+# The modules that fill each stage. A new file of methods is named here.
+STAGES: dict[str, tuple[str, ...]] = {
+    "guidance": ("diffgen.pipelines.cfg", "diffgen.pipelines.apg"),
+    "reward": ("diffgen.training.rewards.shapes", "diffgen.training.rewards.images"),
+    "advantage": ("diffgen.training.advantages",),
+    "select": ("diffgen.training.selection",),
+    "objective": ("diffgen.training.objectives",),
+    "regularizer": ("diffgen.training.regularizers",),
+    "optimizer": ("diffgen.training.optimizers",),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    stage: str
+    function: Callable
+    paper: str = ""
+    needs: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").strip().split("\n")[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options and their defaults: keyword-only parameters, or all of a dataclass's fields."""
+        parameters = inspect.signature(self.function).parameters.values()
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        wanted = [p for p in parameters if p.kind is keyword or isinstance(self.function, type)]
+        return {p.name: None if p.default is inspect.Parameter.empty else p.default for p in wanted}
+
+
+_METHODS: dict[tuple[str, str], Method] = {}
+
+
+def register(stage: str, name: str, *, paper: str = "", needs: set[str] | None = None) -> Callable:
+    """Decorator. needs: what the method cannot do without ("gaussian": steps with mean and std; "reference")."""
+    if stage not in STAGES:
+        raise ValueError(f"stage {stage!r} is unknown: {nearest(stage, STAGES)}")
+
+    def decorate(function):
+        known = _METHODS.get((stage, name))
+        if known and (known.function.__module__, known.function.__qualname__) != (
+            function.__module__,
+            function.__qualname__,
+        ):
+            raise ValueError(f"{stage} {name!r} is registered already, by {known.function.__module__}")
+        _METHODS[stage, name] = Method(name, stage, function, paper, frozenset(needs or ()))
+        return function
+
+    return decorate
+
+
+def methods(stage: str | None = None) -> list[Method]:
+    """Every registered method (of a stage), ordered by stage and name."""
+    for module in (m for s, modules in STAGES.items() if stage in (None, s) for m in modules):
+        importlib.import_module(module)
+    return sorted((m for m in _METHODS.values() if stage in (None, m.stage)), key=lambda m: (m.stage, m.name))
+
+
+def get(stage: str, name: str) -> Method:
+    """The method of that name; "module:function" imports a callable. Raises ValueError with the nearest name."""
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            return Method(name, stage, getattr(importlib.import_module(module), attribute))
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{stage} {name!r} could not be imported: {error}") from error
+    known = {m.name: m for m in methods(stage)}
+    if name not in known:
+        raise ValueError(f"{stage} {name!r} is unknown: {nearest(name, known)}")
+    return known[name]
+
+
+def build(stage: str, name: str, options: dict[str, Any] | None = None) -> Callable:
+    """The method with its options bound. A class (guidance rules) is constructed, a function becomes a partial."""
+    method, options = get(stage, name), dict(options or {})
+    if ":" not in name:
+        for option, value in options.items():
+            if option not in method.options:
+                raise ValueError(f"{stage} {name!r} has no option {option!r}: {nearest(option, method.options)}")
+            default = method.options[option]
+            number = isinstance(default, (int, float)) and not isinstance(default, bool)
+            if number and not isinstance(value, (int, float, str)):
+                raise ValueError(f"{stage} {name!r}: option {option!r} must be a number, got {value!r}")
+    return (
+        method.function(**options)
+        if isinstance(method.function, type)
+        else functools.partial(method.function, **options)
+    )
