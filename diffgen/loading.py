@@ -38,7 +38,6 @@ def load(model: str, *, dtype=None, device=None, trust_remote_code: bool = False
     from diffusers import DiffusionPipeline
 
     import diffgen.schedulers
-    import diffgen.worlds.patch_autoencoder  # noqa: F401
 
     index = json.loads((path / "model_index.json").read_text())
     absent = {k: None for k, v in index.items() if isinstance(v, list) and v == [None, None]}
@@ -81,6 +80,8 @@ def _with_defaults(base: type, defaults: tuple) -> type:
 
 def _check_index(path: Path, trust_remote_code: bool) -> None:
     """model_index.json is there, is JSON, and names only classes that we trust (loading it imports them)."""
+    import diffusers
+
     file = path / "model_index.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} is no diffusers pipeline: it has no model_index.json")
@@ -94,7 +95,9 @@ def _check_index(path: Path, trust_remote_code: bool) -> None:
         library = value[0] if isinstance(value, list) and len(value) == 2 else None
         if name.startswith("_") or not isinstance(library, str) or trust_remote_code:
             continue
-        if library.split(".")[0] not in TRUSTED:
+        # "stable_diffusion", in the published checkpoints of SD 1, is a folder of diffusers.pipelines
+        own = library.isidentifier() and (Path(diffusers.__file__).parent / "pipelines" / library).is_dir()
+        if library.split(".")[0] not in TRUSTED and not own:
             raise ValueError(
                 f"{file}: component {name!r} names the library {library!r}, and loading would import it; only "
                 f"{', '.join(TRUSTED)} are allowed without trust_remote_code=True (--trust-remote-code)"

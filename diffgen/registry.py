@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,12 @@ class Method:
         keyword = inspect.Parameter.KEYWORD_ONLY
         wanted = [p for p in parameters if p.kind is keyword or isinstance(self.function, type)]
         return {p.name: None if p.default is inspect.Parameter.empty else p.default for p in wanted}
+
+    @property
+    def required(self) -> set[str]:
+        """Options without a default."""
+        parameters = inspect.signature(self.function).parameters
+        return {name for name in self.options if parameters[name].default is inspect.Parameter.empty}
 
 
 _METHODS: dict[tuple[str, str], Method] = {}
@@ -92,19 +99,43 @@ def get(stage: str, name: str) -> Method:
     return known[name]
 
 
-def build(stage: str, name: str, options: dict[str, Any] | None = None) -> Callable:
-    """The method with its options bound. A class (guidance rules) is constructed, a function becomes a partial."""
+def build(stage: str, name: str, options: dict[str, Any] | None = None, also: Iterable[str] = ()) -> Callable:
+    """The method with its options bound. A class (guidance rules) is constructed, a function becomes a partial.
+
+    Options are checked, and converted (YAML reads 1e-4 as text), by their annotations. also: keys that a config knows
+    beside the options, for the message about an unknown one.
+    """
     method, options = get(stage, name), dict(options or {})
     if ":" not in name:
         for option, value in options.items():
             if option not in method.options:
-                raise ValueError(f"{stage} {name!r} has no option {option!r}: {nearest(option, method.options)}")
-            default = method.options[option]
-            number = isinstance(default, (int, float)) and not isinstance(default, bool)
-            if number and not isinstance(value, (int, float, str)):
-                raise ValueError(f"{stage} {name!r}: option {option!r} must be a number, got {value!r}")
+                raise ValueError(f"{stage} {name!r} has no option {option!r}: {nearest(option, [*method.options, *also])}")
+            options[option] = _checked(method, option, value)
+        if missing := method.required - set(options):
+            raise ValueError(f"{stage} {name!r} needs the option {', '.join(sorted(missing))}, which has no default")
     return (
         method.function(**options)
         if isinstance(method.function, type)
         else functools.partial(method.function, **options)
     )
+
+
+def _checked(method: Method, option: str, value: Any) -> Any:
+    """The value as the option's annotation says. Raises ValueError."""
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        hint = typing.get_type_hints(method.function)[option]
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except (KeyError, NameError, TypeError, PydanticUserError):  # not annotated, or by what only a type checker knows
+        return value
+    number = isinstance(method.options[option], (int, float)) and not isinstance(method.options[option], bool)
+    try:
+        if number and isinstance(value, bool):
+            raise TypeError("expected a number")
+        return adapter.validate_python(value)
+    except (TypeError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise ValueError(
+            f"{method.stage} {method.name!r}: option {option!r}: {reason[0].lower()}{reason[1:]}, got {value!r}"
+        ) from None

@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+# SchedulerMixin is for DiffusionPipeline.from_pretrained, which loads a component of a foreign module as a scheduler only
+# if the module has that name.
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 # Two functions named as their modules. They are imported here, and not on demand like the rest: importing a submodule
 # puts it on the package under its name, so later it would stand where the function is expected.
-from diffgen.pipelines.check import check
-from diffgen.pipelines.guide import guide
+from diffgen.pipelines.check import check as check
+from diffgen.pipelines.guide import guide as guide
 
 _EXPORTS = {
     "APG": "diffgen.pipelines.apg",

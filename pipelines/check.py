@@ -24,7 +24,11 @@ def check(pipe, prompt: str = "a photo", scale: float = 4.0, steps: int = 2, **c
     rule, arguments = apply_rule(row, CFG(scale), bind(base, (), call))
 
     def run():
-        return _tensor(base.__call__(pipe, **arguments, generator=torch.Generator().manual_seed(0), return_dict=False))
+        fresh = {
+            k: list(v) if isinstance(v, list) else v for k, v in arguments.items()
+        }  # Z-Image edits the prompt list
+        generator = torch.Generator().manual_seed(0)
+        return _tensor(base.__call__(pipe, **{"generator": generator, **fresh, "return_dict": False}))
 
     stock = run()
     with tap(pipe, rule, row, arguments) as opened:

@@ -18,7 +18,7 @@ VARIANTS = {name: (name, {}) for name in TINY} | {
     "Wan two experts": ("WanPipeline", {"two_experts": True}),
     "Wan Euler": ("WanPipeline", {"scheduler": "euler"}),
     "Sana Euler": ("SanaPipeline", {"scheduler": "euler"}),
-    "Z-Image normalised": ("ZImagePipeline", {"call": {"cfg_normalization": 0.5}}),
+    "Z-Image normalised": ("ZImagePipeline", {"call": {"cfg_normalization": 1.0}}),
     "Lumina2 not normalised": ("Lumina2Pipeline", {"call": {"cfg_normalization": False}}),
     "Lumina2 CFG on two steps": ("Lumina2Pipeline", {"call": {"cfg_trunc_ratio": 0.7}}),
 }
@@ -269,7 +269,7 @@ def test_evaluations_that_a_rule_does_not_want_do_not_happen(variant, case, buil
         assert relative(latents[:1], stock[:1]) < 1e-4
         assert relative(latents[1:], plain[1:]) < 1e-4
     else:
-        assert relative(latents, stock) > 1e-2
+        assert relative(latents, stock) > 1e-3
         assert relative(latents, plain) > 1e-3
 
 

@@ -146,11 +146,27 @@ def test_noise_level_is_that_of_the_schedulers_own_noising_as_the_model_sees_it(
             scheduler.step(zero, t, zero)
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("name", ["ddim", "euler"])
+def test_two_steps_at_one_rounded_timestep_have_levels_of_their_own():
+    scheduler = UniPCMultistepScheduler(**FLOW | {"flow_shift": 12.0})
+    scheduler.set_timesteps(100)
+    scheduler.set_begin_index(0)
+    assert len(set(scheduler.timesteps[:10].tolist())) < 10
+    for i, t in enumerate(scheduler.timesteps[:10]):
+        assert noise_level(scheduler, t).sigma == float(scheduler.sigmas[i])
+        scheduler.step(torch.zeros(1, 1), t, torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ddim", "epsilon"),
+        ("ddim", "v_prediction"),
+        ("ddim", "sample"),
+        ("euler", "epsilon"),
+        ("euler", "v_prediction"),
+    ],
+)
 def test_x0_is_the_schedulers_pred_original_sample(name, kind):
-    if name == "euler" and kind == "sample":
-        pytest.skip("EulerDiscreteScheduler has no sample prediction")
     scheduler = type(SCHEDULERS[name]())(
         **SD, prediction_type=kind, **({"clip_sample": False} if name == "ddim" else {})
     )

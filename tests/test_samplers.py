@@ -94,10 +94,11 @@ def test_ddim_is_the_step_of_diffusers(kind, eta, last):
         return scheduler.step(out, t, x, eta=eta, variance_noise=noise).prev_sample
 
     quiet = theirs(torch.zeros_like(x))
-    torch.testing.assert_close(step.mean, quiet, rtol=1e-5, atol=1e-6)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if last else {"rtol": 1e-5, "atol": 1e-6}  # theirs has alphas in float32
+    torch.testing.assert_close(step.mean, quiet, **tolerance)
     assert step.std == pytest.approx(float((theirs(torch.ones_like(x)) - quiet).mean()), rel=1e-4, abs=1e-7)
     assert (step.std > 0) == (eta > 0)
-    torch.testing.assert_close(step.sample(noise), theirs(noise), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step.sample(noise), theirs(noise), **tolerance)
 
 
 def test_log_prob_is_the_mean_log_density_of_torch_distributions():
@@ -134,7 +135,7 @@ def test_half_precision_inputs_are_computed_in_float32(dtype):
 
 
 def test_the_log_prob_of_an_ode_step_is_an_error():
-    with pytest.raises(ValueError, match="deterministic step .* has no log-prob; use flow_sde, or ddim with eta > 0"):
+    with pytest.raises(ValueError, match=r"deterministic step .* has no log-prob; use flow_sde, or ddim with eta > 0"):
         log_prob(X, ode(V, X, Level.flow(0.8), Level.flow(0.6)))
 
 

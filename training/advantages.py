@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from diffgen.registry import register
@@ -30,7 +32,7 @@ def group(
     rewards: torch.Tensor,
     group: torch.Tensor,
     *,
-    std: str = "population",
+    std: Literal["population", "unbiased"] = "population",
     global_std: bool = False,
     eps: float = 1e-4,
     clip: float = 5.0,
@@ -48,7 +50,7 @@ def group(
         _, g = torch.unique(group[valid], return_inverse=True)
         centred = r - group_mean(r, g)
         spread = group_std(r, g, std)
-        constant = spread <= 1e-9 * r.abs().clamp_min(1)
+        constant = spread <= 4 * torch.finfo(torch.float32).eps * group_mean(r.abs(), g)  # rewards are float32
         scale = group_std(r, torch.zeros_like(g), std) if global_std else spread
         advantage[valid] = torch.where(constant, 0.0, centred / (scale + eps))
     return advantage.clamp(-clip, clip).float()

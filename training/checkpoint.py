@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 COMMIT = "COMMIT.json"
@@ -26,8 +28,7 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], s
     file (sizes and sha256) last, then one rename. Raises OSError (disk full, read-only) and leaves nothing behind.
     """
     final, temporary = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp-{os.getpid()}"
-    if final.exists():
-        shutil.rmtree(final)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that died; in a container its id comes back
     try:
         temporary.mkdir(parents=True)
         for name, values in tensors.items():
@@ -40,10 +41,14 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], s
         (temporary / COMMIT).write_text(json.dumps({"step": step, "files": hashes}, indent=1))
         _fsync(temporary / COMMIT)
         _fsync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
         os.replace(temporary, final)
         _fsync(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # a full disk, which it doesn't report as an OSError
+            raise OSError(str(error)) from error
         raise
     for old in _committed(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -67,11 +72,12 @@ def verify(path: Path) -> None:
     """Raises CheckpointError unless every file of the commit is there with its size and hash."""
     try:
         files = json.loads((path / COMMIT).read_text())["files"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no committed checkpoint: {type(error).__name__}: {error}") from None
-    for name, expected in files.items():
+    for name, (size, sha256) in expected.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
+        if not file.is_file() or file.stat().st_size != size or _sha256(file) != sha256:
             raise CheckpointError(f"{file} is missing, cut short or altered")
 
 
@@ -104,7 +110,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
 
 
 def _committed(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if ".tmp-" not in p.name and p.is_dir())
+    found = [(int(m[1]), p) for p in folder.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
 
 
 def _sha256(file: Path) -> str:

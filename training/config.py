@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from diffgen import registry
 from diffgen.names import nearest
@@ -43,9 +43,9 @@ class Reward(Spec):
 
 
 class Runtime(_Section):
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    cpu_threads: Literal["auto"] | int = "auto"
+    cpu_threads: Literal["auto"] | PositiveInt = "auto"
     attention: Literal["sdpa", "xformers"] = "sdpa"
 
 
@@ -165,15 +165,33 @@ class Config(_Section):
     def _one_is_a_list(cls, value):
         return [value] if isinstance(value, (str, dict)) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _options_of_the_default(cls, value):
+        """`optimizer: {lr: 1e-4}` sets an option of the default method."""
+        if isinstance(value, dict):
+            for key, field in cls.model_fields.items():
+                if isinstance(field.default, Spec) and isinstance(value.get(key), dict):
+                    value = {**value, key: {"name": field.default.name, **value[key]}}
+        return value
+
     @model_validator(mode="after")
     def _stages_exist(self):
         """Every named method exists and takes the options given."""
         _import_plugins(self.plugins)
-        stages = [("reward", r) for r in self.rewards] + [("regularizer", r) for r in self.regularizers]
-        stages += [(s, getattr(self, s)) for s in ("advantage", "select", "objective", "optimizer")]
-        stages += [("guidance", s.guidance) for s in (self.rollout, self.evaluation) if s.guidance]
-        for stage, spec in stages:
-            registry.build(stage, spec.name, spec.options)
+        stages = [(f"rewards.{i}", "reward", r) for i, r in enumerate(self.rewards)]
+        stages += [(f"regularizers.{i}", "regularizer", r) for i, r in enumerate(self.regularizers)]
+        stages += [(s, s, getattr(self, s)) for s in ("advantage", "select", "objective", "optimizer")]
+        stages += [(f"{s}.guidance", "guidance", getattr(self, s).guidance) for s in ("rollout", "evaluation")]
+        wrong = []
+        for key, stage, spec in stages:
+            if spec is not None:
+                try:
+                    registry.build(stage, spec.name, spec.options, also=set(type(spec).model_fields) - {"name"})
+                except ValueError as error:
+                    wrong.append(f"{key}: {error}")
+        if wrong:
+            raise ValueError("\n".join(wrong))
         window, steps = self.rollout.window, self.rollout.num_inference_steps
         if window and not 0 <= window.range[0] <= window.range[1] <= steps - window.size:
             raise ValueError(
@@ -188,11 +206,13 @@ class Config(_Section):
 
 def _import_plugins(paths: list[str]) -> None:
     """Runs the user's own Python files, which register methods."""
+    import hashlib
     import importlib.util
     import sys
 
     for path in map(Path, paths):
-        name = f"diffgen_plugin_{path.stem}"
+        digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]  # two files may have one name
+        name = f"diffgen_plugin_{path.stem}_{digest}"
         if name in sys.modules:
             continue
         if not path.is_file():
@@ -220,7 +240,10 @@ def load_config(source: str | Path | dict, overrides: list[str] | None = None) -
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"override {override!r}: expected KEY=VALUE, for example train.steps=50")
-        _set(data, key.strip(), yaml.safe_load(value), override)
+        try:
+            _set(data, key.strip(), yaml.safe_load(value), override)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
     if isinstance(data.get("algorithm"), str):
         data = _merge(_read(_find(data["algorithm"], "algorithms", "algorithm")), data)
     try:
@@ -250,11 +273,14 @@ def _read(path: Path) -> dict:
     return data
 
 
+ONE_METHOD = ("advantage", "select", "objective", "optimizer", "guidance")  # keys that hold one method
+
+
 def _set(data: dict, key: str, value: Any, override: str) -> None:
     *parents, last = key.split(".")
     for i, part in enumerate(parents):
         node = data.get(part)
-        if isinstance(node, str) and part in Config.model_fields:  # a bare method name, whose option is set
+        if isinstance(node, str) and part in ONE_METHOD:  # a bare method name, whose option is set
             node = {"name": node}
         if node is not None and not isinstance(node, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parents[: i + 1])} is {node!r}, which has no keys")
@@ -292,4 +318,6 @@ def _explain(error: dict) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:
         return message
+    if error["type"] == "missing":
+        return f"{key}: required, but not there"
     return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}"

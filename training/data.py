@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -19,12 +20,12 @@ class DataError(ValueError):
 class Prompts:
     """Rows {"prompt": ..., other columns}. `draw` is endless and a function of (seed, update) alone."""
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, field: str = "data.prompts"):
         self.source = source
         name, _, split = source.partition(":")
         self.world = world(name).load() if name in WORLDS else None
         self.split = split or "train"
-        self.rows = [] if self.world else _read(Path(source))
+        self.rows = [] if self.world else _read(Path(source), field)
         if self.world:
             self.world.prompts(1, 0, self.split)  # an unknown split fails now
 
@@ -51,10 +52,13 @@ def columns(rows: list[dict]) -> dict[str, list]:
     return {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
 
 
-def _read(path: Path) -> list[dict]:
+RESERVED = ("samples", "prompts")  # arguments of every reward
+
+
+def _read(path: Path, field: str) -> list[dict]:
     if not path.is_file():
         raise DataError(
-            f"data.prompts: {str(path)!r} is neither 'WORLD:SPLIT' (worlds: {', '.join(WORLDS)}) nor a file"
+            f"{field}: {str(path)!r} is neither 'WORLD:SPLIT' (worlds: {', '.join(WORLDS)}) nor a file"
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -62,16 +66,16 @@ def _read(path: Path) -> list[dict]:
         raise DataError(f"{path} is not UTF-8 text: {error}") from None
     if path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}, line {number}: not valid JSON: {error}") from None
     elif path.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines()))
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
     elif path.suffix == ".txt":
-        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+        rows = [{"prompt": line.strip()} for line in text.split("\n") if line.strip()]
     else:
         raise DataError(f"{path}: expected a .txt, .jsonl or .csv file")
     if not rows:
@@ -79,8 +83,12 @@ def _read(path: Path) -> list[dict]:
     keys = set(rows[0]) if isinstance(rows[0], dict) else set()
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            have = sorted(row) if isinstance(row, dict) else type(row).__name__
+            have = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
             raise DataError(f"{path}, row {number}: expected a column 'prompt' with text, found {have}")
+        if path.suffix == ".csv" and (None in row or None in row.values()):
+            raise DataError(f"{path}, row {number}: expected {len(keys)} cells ({', '.join(map(str, rows[0]))}), found {row}")
         if set(row) != keys:
             raise DataError(f"{path}, row {number}: columns {sorted(row)} differ from the first row's {sorted(keys)}")
+    if reserved := keys.intersection(RESERVED):
+        raise DataError(f"{path}: a column can't be named {', '.join(sorted(reserved))}, as every reward has that argument")
     return rows

@@ -14,15 +14,15 @@ def adamw(
     params: Iterable[torch.nn.Parameter],
     *,
     lr: float = 3e-4,
-    betas: tuple = (0.9, 0.999),
+    betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 1e-4,
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
     """AdamW; lr 3e-4 is Flow-GRPO's for LoRA."""
-    return torch.optim.AdamW(params, lr=float(lr), betas=tuple(betas), weight_decay=float(weight_decay), eps=float(eps))
+    return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
 
 
 @register("optimizer", "sgd")
 def sgd(params: Iterable[torch.nn.Parameter], *, lr: float = 1e-2, momentum: float = 0.9) -> torch.optim.Optimizer:
     """SGD with momentum."""
-    return torch.optim.SGD(params, lr=float(lr), momentum=float(momentum))
+    return torch.optim.SGD(params, lr=lr, momentum=momentum)

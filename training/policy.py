@@ -42,6 +42,10 @@ class DiffusionPolicy:
         self.modules = denoisers(pipe)
         self.lora = lora
         self._check_call()
+        if lora is not None and not hasattr(pipe, "save_lora_weights"):
+            raise ValueError(
+                f"lora: {type(pipe).__name__} can't load or save LoRA weights; `lora: null` trains the whole denoiser"
+            )
         for module in pipe.components.values():
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False)
@@ -58,7 +62,10 @@ class DiffusionPolicy:
         import inspect
 
         parameters = inspect.signature(type(self.pipe).__call__).parameters
+        ours = ("prompt", "num_inference_steps", "generator", "latents", "output_type", "return_dict", self.row.scale)
         for name in self.call:
+            if name in ours or name.startswith("num_images_per"):
+                raise ValueError(f"rollout.call.{name}: set by the trainer (prompts, steps, guidance have keys of their own)")
             if name not in parameters:
                 raise ValueError(
                     f"rollout.call.{name}: {type(self.pipe).__name__} has no such argument; {nearest(name, parameters)}"

@@ -42,9 +42,11 @@ class Trainer:
     def __init__(self, config: Config, quiet: bool = False):
         self.config, self.quiet = config, quiet
         self.folder = Path(config.output_dir)
-        self.data, self.eval_data = Prompts(config.data.prompts), Prompts(config.data.eval_prompts)
+        self.data, self.eval_data = Prompts(config.data.prompts), Prompts(config.data.eval_prompts, "data.eval_prompts")
         self._prepare_folder()
+        _check_attention(config.runtime.attention)
         self.accelerator = _accelerator(config)
+        torch.manual_seed(seed_of(config.seed, "init"))  # LoRA's first weights
         self.policy = self._load_policy()
         self.rewards = {r.name: registry.build("reward", r.name, r.options) for r in config.rewards}
         self.weights = {r.name: r.weight for r in config.rewards}
@@ -62,7 +64,7 @@ class Trainer:
         )
         self.ema = [p.detach().clone() for p in self.params.values()] if config.ema else None
         self.update = 0
-        self.failed_saves = 0
+        self.failed_saves = self.failed_steps = 0
         self._stop: int | None = None
 
     # --- one update -------------------------------------------------------------------------------------------------
@@ -170,7 +172,11 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.params.values(), c.max_grad_norm)
         if torch.isfinite(norm) and torch.isfinite(total):
             self.optimizer.step()
+            self.failed_steps = 0
         else:
+            self.failed_steps += 1
+            if self.failed_steps >= 5:
+                raise RuntimeError(f"update {self.update}: loss or gradient is not finite, for the fifth time in a row")
             warnings.warn(f"update {self.update}: loss or gradient is not finite; the step is left out", stacklevel=2)
         self.optimizer.zero_grad(set_to_none=True)
         statistics["loss"].append(total)
@@ -198,6 +204,7 @@ class Trainer:
         """Trains to config.train.steps; returns the last logged metrics. Ctrl-C and SIGTERM save a checkpoint first."""
         c = self.config
         self.resume()
+        (self.folder / "config.json").write_text(c.model_dump_json(indent=1))
         if self.update >= c.train.steps:
             self._say(f"{self.folder} already holds {self.update} updates; raise train.steps to go on")
         self._start_trackers()
@@ -315,7 +322,9 @@ class Trainer:
         self.update = state["update"]
         if log.is_file():
             lines = [line for line in log.read_text().splitlines() if _update_of(line) <= self.update]
-            log.write_text("".join(line + "\n" for line in lines))
+            cut = log.with_name(log.name + ".tmp")
+            cut.write_text("".join(line + "\n" for line in lines))
+            os.replace(cut, log)
         self._say(f"resuming {path} at update {self.update}")
 
     def export(self, folder: Path) -> None:
@@ -331,8 +340,7 @@ class Trainer:
         """What may differ from the checkpoint: how long and how closely the run is watched, where it lives."""
         mine = self.config.model_dump(mode="json")
         free = ("output_dir", "evaluation", "logging", "checkpoint", "runtime")
-        changed = [k for k in mine if k not in free and k != "train" and mine[k] != saved.get(k)]
-        changed += [f"train.{k}" for k in mine["train"] if k != "steps" and mine["train"][k] != saved["train"].get(k)]
+        changed = [k for k in _different(mine, saved) if k.split(".")[0] not in free and k != "train.steps"]
         if changed:
             raise ConfigError(
                 f"{path} belongs to a run with another config; different: {', '.join(changed)}. Choose another output_dir"
@@ -343,7 +351,8 @@ class Trainer:
     def _prepare_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(self.config.model_dump_json(indent=1))
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise PermissionError("it is read-only")
         except OSError as error:
             raise ConfigError(f"output_dir: {self.folder} can't be written: {error}") from None
 
@@ -355,7 +364,8 @@ class Trainer:
         pipe = load(
             c.model, dtype=dtype, device=self.accelerator.device, trust_remote_code=c.trust_remote_code, quiet=True
         )
-        _attention(pipe, c.runtime.attention)
+        if c.runtime.attention == "xformers":
+            pipe.enable_xformers_memory_efficient_attention()
         return DiffusionPolicy(
             pipe, lora=c.lora, call=c.rollout.call, gradient_checkpointing=c.train.gradient_checkpointing
         )
@@ -388,6 +398,13 @@ def _build(stage: str, spec: Spec | None):
     return registry.build(stage, spec.name, spec.options) if spec else None
 
 
+def _different(a: Any, b: Any, key: str = "") -> list[str]:
+    """Dotted keys at which two nested dicts differ."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [key] if a != b else []
+    return [d for k in {**a, **b} for d in _different(a.get(k), b.get(k), f"{key}.{k}".removeprefix("."))]
+
+
 def _update_of(line: str) -> float:
     try:
         return json.loads(line)["update"]
@@ -398,6 +415,8 @@ def _update_of(line: str) -> float:
 def _accelerator(config: Config):
     from accelerate import Accelerator
 
+    if config.runtime.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("runtime.device: cuda, but torch finds no CUDA device; expected auto or cpu")
     cpu = config.runtime.device == "cpu" or (config.runtime.device == "auto" and not torch.cuda.is_available())
     if cpu:
         cores = os.cpu_count() or 1
@@ -411,13 +430,11 @@ def _accelerator(config: Config):
     return accelerator
 
 
-def _attention(pipe, backend: str) -> None:
+def _check_attention(backend: str) -> None:
     if backend == "sdpa":
         return
     try:
         import xformers.ops  # noqa: F401
-
-        pipe.enable_xformers_memory_efficient_attention()
     except Exception as error:
         raise ConfigError(
             f"runtime.attention: xformers can't be used here ({type(error).__name__}: {error}); use sdpa, the default, or "

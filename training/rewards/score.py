@@ -38,7 +38,7 @@ def score(
 def _checked(name: str, value: Any, prompts: list[str], on_invalid: str) -> torch.Tensor:
     try:
         value = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(
             f"reward {name!r} must return {len(prompts)} numbers, got {type(value).__name__}: {error}"
         ) from None
