@@ -12,11 +12,12 @@ import torch
 
 from diffgen.eval import evaluate
 from diffgen.eval.report import Section, picture, plot, write_report
-from diffgen.grid import grid
+from diffgen.grid import beside, grid
 from diffgen.loading import load
 from diffgen.pipelines import APG, CFG, Guidance, guide
 from diffgen.seeding import generator
-from diffgen.training import Trainer, load_config
+from diffgen.training import DiffusionPolicy, Trainer, load_config
+from diffgen.training.trainer import eval_seeds
 from diffgen.worlds import shapes
 
 RULES: dict[str, Guidance] = {
@@ -138,8 +139,8 @@ def run(out: Path, overrides: list[str] | None = None, n: int = 240, say: Callab
     prompts = shapes.prompts(n, seed=12345, split="held_out")
     reference = torch.from_numpy(shapes.dataset(2 * n, seed=7, split="held_out")[0])
     say("2/4 measuring the base model")
-    trainer.resume()
-    before_images = trainer.draw(prompts) if trainer.update == 0 else Trainer(_fresh(config), quiet=True).draw(prompts)
+    base = DiffusionPolicy(load("shapes"), call=config.rollout.call)
+    before_images = base.sample(prompts, eval_seeds(n), num_inference_steps=config.rollout.num_inference_steps)
     before = judge(before_images, prompts, reference)
     say(f"3/4 Flow-GRPO, {config.train.steps} updates (log: {trainer.folder / 'log.jsonl'})")
     training = time.time()
@@ -157,6 +158,8 @@ def run(out: Path, overrides: list[str] | None = None, n: int = 240, say: Callab
             picture(grid(after_images[shown], columns=8, scale=2), "after"),
         ],
     )
+    side_by_side = [grid(images[:24], columns=6, scale=2) for images in (before_images, after_images)]
+    beside(*side_by_side).save(out / "before_after.png")
     gain = after.value("verifier") - before.value("verifier")
     commands = "\n".join(
         [
@@ -177,7 +180,3 @@ def run(out: Path, overrides: list[str] | None = None, n: int = 240, say: Callab
     say(f"report: {path.resolve()}   ({(time.time() - started) / 60:.1f} minutes in all)")
     return path
 
-
-def _fresh(config):
-    """The same run, unresumed, in a folder of its own: for the pictures before training when a demo is taken up again."""
-    return config.model_copy(update={"output_dir": config.output_dir + "-base"})

@@ -24,6 +24,16 @@ def grid(images: torch.Tensor, columns: int | None = None, scale: int | None = N
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
+def beside(left, right, gap: int = 24):
+    """Two PIL images of equal height next to each other."""
+    from PIL import Image
+
+    canvas = Image.new("RGB", (left.width + gap + right.width, left.height), "white")
+    canvas.paste(left, (0, 0))
+    canvas.paste(right, (left.width + gap, 0))
+    return canvas
+
+
 def save_grid(images: torch.Tensor, path: Path, **options) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

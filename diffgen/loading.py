@@ -37,12 +37,15 @@ def load(model: str, *, dtype=None, device=None, trust_remote_code: bool = False
     _check_index(path, trust_remote_code)
     from diffusers import DiffusionPipeline
 
-    import diffgen.schedulers
-
     index = json.loads((path / "model_index.json").read_text())
     absent = {k: None for k, v in index.items() if isinstance(v, list) and v == [None, None]}
     pipe = DiffusionPipeline.from_pretrained(
-        path, torch_dtype=dtype or torch.float32, trust_remote_code=trust_remote_code, local_files_only=True, **absent
+        path,
+        torch_dtype=dtype or torch.float32,
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+        use_safetensors=True,
+        **absent,
     )
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
@@ -92,7 +95,7 @@ def _check_index(path: Path, trust_remote_code: bool) -> None:
     if not isinstance(index, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(index).__name__}")
     for name, value in index.items():
-        library = value[0] if isinstance(value, list) and len(value) == 2 else None
+        library = value[0] if isinstance(value, list) and value else None
         if name.startswith("_") or not isinstance(library, str) or trust_remote_code:
             continue
         # "stable_diffusion", in the published checkpoints of SD 1, is a folder of diffusers.pipelines

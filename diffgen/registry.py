@@ -109,7 +109,9 @@ def build(stage: str, name: str, options: dict[str, Any] | None = None, also: It
     if ":" not in name:
         for option, value in options.items():
             if option not in method.options:
-                raise ValueError(f"{stage} {name!r} has no option {option!r}: {nearest(option, [*method.options, *also])}")
+                raise ValueError(
+                    f"{stage} {name!r} has no option {option!r}: {nearest(option, [*method.options, *also])}"
+                )
             options[option] = _checked(method, option, value)
         if missing := method.required - set(options):
             raise ValueError(f"{stage} {name!r} needs the option {', '.join(sorted(missing))}, which has no default")

@@ -57,9 +57,7 @@ RESERVED = ("samples", "prompts")  # arguments of every reward
 
 def _read(path: Path, field: str) -> list[dict]:
     if not path.is_file():
-        raise DataError(
-            f"{field}: {str(path)!r} is neither 'WORLD:SPLIT' (worlds: {', '.join(WORLDS)}) nor a file"
-        )
+        raise DataError(f"{field}: {str(path)!r} is neither 'WORLD:SPLIT' (worlds: {', '.join(WORLDS)}) nor a file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -86,9 +84,13 @@ def _read(path: Path, field: str) -> list[dict]:
             have = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
             raise DataError(f"{path}, row {number}: expected a column 'prompt' with text, found {have}")
         if path.suffix == ".csv" and (None in row or None in row.values()):
-            raise DataError(f"{path}, row {number}: expected {len(keys)} cells ({', '.join(map(str, rows[0]))}), found {row}")
+            raise DataError(
+                f"{path}, row {number}: expected {len(keys)} cells ({', '.join(map(str, rows[0]))}), found {row}"
+            )
         if set(row) != keys:
             raise DataError(f"{path}, row {number}: columns {sorted(row)} differ from the first row's {sorted(keys)}")
     if reserved := keys.intersection(RESERVED):
-        raise DataError(f"{path}: a column can't be named {', '.join(sorted(reserved))}, as every reward has that argument")
+        raise DataError(
+            f"{path}: a column can't be named {', '.join(sorted(reserved))}, as every reward has that argument"
+        )
     return rows

@@ -65,7 +65,9 @@ class DiffusionPolicy:
         ours = ("prompt", "num_inference_steps", "generator", "latents", "output_type", "return_dict", self.row.scale)
         for name in self.call:
             if name in ours or name.startswith("num_images_per"):
-                raise ValueError(f"rollout.call.{name}: set by the trainer (prompts, steps, guidance have keys of their own)")
+                raise ValueError(
+                    f"rollout.call.{name}: set by the trainer (prompts, steps, guidance have keys of their own)"
+                )
             if name not in parameters:
                 raise ValueError(
                     f"rollout.call.{name}: {type(self.pipe).__name__} has no such argument; {nearest(name, parameters)}"

@@ -261,7 +261,7 @@ class Trainer:
         with swapped(self.params.values(), self.ema or [p.detach() for p in self.params.values()]):
             return self.policy.sample(
                 prompts,
-                [("eval", seed, i) for i in range(len(prompts))],
+                eval_seeds(len(prompts), seed),
                 num_inference_steps=c.num_inference_steps or r.num_inference_steps,
                 guidance=_build("guidance", c.guidance),
                 batch_size=r.batch_size,
@@ -392,6 +392,11 @@ class Trainer:
     def _say(self, text: str) -> None:
         if not self.quiet:
             tqdm.write(text)
+
+
+def eval_seeds(n: int, seed: int = 0) -> list[tuple]:
+    """Seeds of the evaluation's samples: the same for every run and every model."""
+    return [("eval", seed, i) for i in range(n)]
 
 
 def _build(stage: str, spec: Spec | None):

@@ -30,7 +30,9 @@ def test_the_std_is_that_of_torch(std):
     correction = 1 if std == "unbiased" else 0
     expected = torch.stack([values[group == g].std(correction=correction) for g in range(3)])[group]
     torch.testing.assert_close(group_std(values, group, std), expected)
-    torch.testing.assert_close(group_mean(values, group), torch.stack([values[group == g].mean() for g in range(3)])[group])
+    torch.testing.assert_close(
+        group_mean(values, group), torch.stack([values[group == g].mean() for g in range(3)])[group]
+    )
     mean = group_mean(values, group)
     expected = ((values - mean) / (expected + 1e-4)).float()
     torch.testing.assert_close(advantage(values, group, std=std), expected)

@@ -17,7 +17,9 @@ def evaluation(std=(0.3, 0.7), reference_std=(0.3, 0.7)):
 
 def expected(e):
     pairs = zip(e.steps, e.reference)
-    return torch.stack([kl_divergence(Normal(p.mean, p.std), Normal(q.mean, q.std)).flatten(1).mean(1) for p, q in pairs], 1)
+    return torch.stack(
+        [kl_divergence(Normal(p.mean, p.std), Normal(q.mean, q.std)).flatten(1).mean(1) for p, q in pairs], 1
+    )
 
 
 def test_it_is_the_kl_of_torch_distributions_times_coef():
