@@ -179,9 +179,10 @@ def test_flux_warns_that_its_guidance_is_distilled_and_gets_an_empty_negative_pr
     s.run({**s.call, "guidance_scale": 1.5})  # the embedded one: not the rule's
     assert run.nfe == 6
     assert not torch.equal(s.run({**s.call, "negative_prompt": "green"}), stock)
-    s.run({**s.call, "true_cfg_scale": 1.0})
+    conditional = s.run({**s.call, "true_cfg_scale": 1.0})
     assert run.nfe == 3
     guide(s.pipe, None)
+    assert torch.equal(s.run(s.call), conditional)
     assert type(s.pipe) is FluxPipeline
 
 
