@@ -87,7 +87,9 @@ class Work:
                 return kwargs
 
             with torch.no_grad():
-                context, _, pooled, _ = pipe.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, **CALL)
+                context, _, pooled, _ = pipe.encode_prompt(
+                    prompts, None, None, do_classifier_free_guidance=False, **CALL
+                )
                 start = torch.randn(self.k, 24, 8, 8)
                 pipe(
                     prompt_embeds=context,
@@ -113,7 +115,9 @@ class Work:
     def _logp(self, rollout, i, sigmas, timesteps):
         context, pooled, latents = rollout
         t = timesteps[i].expand(self.k)
-        v = self.pipe.transformer(latents[i], t, encoder_hidden_states=context, pooled_projections=pooled, return_dict=False)[0]
+        v = self.pipe.transformer(
+            latents[i], t, encoder_hidden_states=context, pooled_projections=pooled, return_dict=False
+        )[0]
         now, nxt = Level.flow(sigmas[i]), Level.flow(sigmas[i + 1])
         step = samplers.flow_sde(v, latents[i], now, nxt, sigma_max=sigmas[1])
         return samplers.log_prob(latents[i + 1], step)
@@ -144,7 +148,9 @@ VARIANTS = ("stock", "record", "naive", "ours", "shared")
 def memory(variant: str, groups: int, k: int) -> float:
     """Peak resident memory of a process that runs the variant once, in MB above one that only loads the pipeline."""
     code = f"from benchmarks.rollout import child; child({variant!r}, {groups}, {k})"
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     return float(out.strip().splitlines()[-1])
 
 
@@ -177,7 +183,8 @@ def main() -> None:
     median = {v: statistics.median(seconds[v]) for v in VARIANTS}
     peak = {v: memory(v, args.groups, args.group_size) for v in VARIANTS}
     table = {
-        v: {"samples/s": round(n / median[v], 2), "denoiser rows/sample": rows[v] / n, "peak MB": round(peak[v])} for v in VARIANTS
+        v: {"samples/s": round(n / median[v], 2), "denoiser rows/sample": rows[v] / n, "peak MB": round(peak[v])}
+        for v in VARIANTS
     }
     # paired within a round: the machine's mood cancels
     paired = {
@@ -191,7 +198,9 @@ def main() -> None:
     if args.json:
         print(json.dumps({"variants": table, "ratios": ratios}, indent=1))
         return
-    print(f"{n} samples, {STEPS} steps, window {WINDOW}, one thread, CPU seconds, median of {args.repeats} interleaved rounds")
+    print(
+        f"{n} samples, {STEPS} steps, window {WINDOW}, one thread, CPU seconds, median of {args.repeats} interleaved rounds"
+    )
     print(f"{'variant':10}" + "".join(f"{column:>22}" for column in table["stock"]))
     for variant, row in table.items():
         print(f"{variant:10}" + "".join(f"{value:>22}" for value in row.values()))

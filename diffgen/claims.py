@@ -56,23 +56,30 @@ CLAIMS: dict[str, Claim] = {
 
 
 def run(name: str, seeds: list[int]) -> dict:
-    """Runs the claim and writes its result. verdict: holds (every seed reaches the margin), fails (none), else mixed."""
+    """Runs the claim and writes its result, together with seeds measured before by the same versions.
+
+    verdict: holds (every seed reaches the margin), fails (none), else mixed.
+    """
     if name not in CLAIMS:
         raise ValueError(f"claim {name!r} is unknown: {nearest(name, CLAIMS)}")
-    claim, rows = CLAIMS[name], []
+    claim, rows, path = CLAIMS[name], [], RESULTS / f"{name}.json"
+    versions = {package: version(package) for package in ("diffgen", "torch", "diffusers", "transformers", "peft")}
     for seed in seeds:
         started = time.time()
         baseline, result = claim.measure(seed)
         row = {"seed": seed, "baseline": round(baseline, 4), "result": round(result, 4)}
         rows.append(row | {"minutes": round((time.time() - started) / 60, 1)})
         print(json.dumps(rows[-1]), file=sys.stderr)
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    if before.get("versions") == versions:
+        rows = sorted([r for r in before["seeds"] if r["seed"] not in seeds] + rows, key=lambda r: r["seed"])
     differences = [row["result"] - row["baseline"] for row in rows]
     reached = [d >= claim.margin for d in differences]
     mean = statistics.mean(differences)
     half = 1.96 * statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
     report = {
         "claim": claim.text,
-        "command": f"diffgen claims {name} --seeds {','.join(map(str, seeds))}",
+        "command": f"diffgen claims {name} --seeds {','.join(str(r['seed']) for r in rows)}",
         "measure": claim.measured,
         "budget": claim.budget,
         "seeds": rows,
@@ -80,10 +87,10 @@ def run(name: str, seeds: list[int]) -> dict:
         "interval": None if half is None else [round(mean - half, 4), round(mean + half, 4)],
         "margin": claim.margin,
         "verdict": "holds" if all(reached) else "mixed" if any(reached) else "fails",
-        "versions": {package: version(package) for package in ("diffgen", "torch", "diffusers", "transformers", "peft")},
+        "versions": versions,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -103,5 +110,7 @@ def results_table() -> str:
             continue
         seeds = ", ".join(f"{s['baseline']:.3f} → {s['result']:.3f}" for s in row["seeds"])
         interval = "" if row["interval"] is None else f" [{row['interval'][0]:+.3f}, {row['interval'][1]:+.3f}]"
-        lines.append(f"| {row['claim']} | {row['verdict']} | {row['difference']:+.3f}{interval} | {seeds} | `{row['command']}` |")
+        lines.append(
+            f"| {row['claim']} | {row['verdict']} | {row['difference']:+.3f}{interval} | {seeds} | `{row['command']}` |"
+        )
     return "\n".join(lines)

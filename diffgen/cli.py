@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
+)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -18,7 +20,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the report.")] = Path("demo-report"),
     n: Annotated[int, typer.Option(min=8, help="Samples in each measurement.")] = 240,
-    override: Annotated[Optional[list[str]], typer.Argument(help="Config overrides: train.steps=50")] = None,
+    override: Annotated[list[str] | None, typer.Argument(help="Config overrides: train.steps=50")] = None,
 ):
     """Sample, fine-tune and judge the embedded world "shapes"; writes one HTML report."""
     from diffgen.demo import run
@@ -29,9 +31,13 @@ def demo(
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped recipe.")],
-    override: Annotated[Optional[list[str]], typer.Argument(help="Overrides: train.steps=50 rollout.group_size=16")] = None,
-    plugin: Annotated[Optional[list[str]], typer.Option(help="Python file that registers methods.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Allow classes outside diffusers, transformers, diffgen.")] = False,
+    override: Annotated[
+        list[str] | None, typer.Argument(help="Overrides: train.steps=50 rollout.group_size=16")
+    ] = None,
+    plugin: Annotated[list[str] | None, typer.Option(help="Python file that registers methods.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Allow classes outside diffusers, transformers, diffgen.")
+    ] = False,
     quiet: bool = False,
 ):
     """Run a training from a config; run it again to resume."""
@@ -52,8 +58,8 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(help="Prompts.")],
     model: Annotated[str, typer.Option("--model", "-m", help="World, folder or hub id.")] = "shapes",
     guidance: Annotated[str, typer.Option("--guidance", "-g", help="Rule: cfg, apg (see: diffgen methods).")] = "cfg",
-    option: Annotated[Optional[list[str]], typer.Option(help="Rule's option: scale=10")] = None,
-    steps: Annotated[Optional[int], typer.Option(min=1)] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Rule's option: scale=10")] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
     seed: int = 0,
     out: Annotated[Path, typer.Option("--out", "-o")] = Path("samples"),
 ):
@@ -78,7 +84,7 @@ def sample(
 @app.command("eval")
 def evaluate_command(
     generated: Annotated[str, typer.Argument(help="Folder of images.")],
-    reference: Annotated[Optional[str], typer.Option("--reference", "-r", help="Folder of reference images.")] = None,
+    reference: Annotated[str | None, typer.Option("--reference", "-r", help="Folder of reference images.")] = None,
     metrics: Annotated[str, typer.Option("--metrics", "-m", help="Comma-separated.")] = "fd,pairwise,vendi",
     as_json: AsJson = False,
 ):
@@ -90,7 +96,7 @@ def evaluate_command(
 
 
 @app.command()
-def methods(stage: Annotated[Optional[str], typer.Argument(help="Only this stage.")] = None, as_json: AsJson = False):
+def methods(stage: Annotated[str | None, typer.Argument(help="Only this stage.")] = None, as_json: AsJson = False):
     """Every registered method: stage, name, paper, what it does, options."""
     from diffgen import registry
     from diffgen.names import nearest
@@ -116,7 +122,7 @@ def methods(stage: Annotated[Optional[str], typer.Argument(help="Only this stage
 
 @app.command()
 def claims(
-    name: Annotated[Optional[str], typer.Argument(help="The claim to test; none lists them.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The claim to test; none lists them.")] = None,
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0,1,2",
     table: Annotated[bool, typer.Option("--table", help="Print the committed results.")] = False,
     as_json: AsJson = False,

@@ -116,15 +116,18 @@ def curves_section(log: Path) -> Section:
         axes.set(xlabel="update", ylabel="share verified")
         axes.legend(frameon=False)
 
-    def ratios(axes):
-        axes.plot(*series("ratio/std"), label="std of the ratio")
-        axes.plot(*series("ratio/clipped"), label="share clipped")
-        axes.set(xlabel="update")
+    def dense(axes):
+        axes.plot(*series("reward/shapes_dense"), color="#b9c6e0", label="training prompts, with exploration noise")
+        axes.plot(*series("eval/shapes_dense"), "o-", color="#1f5fbf", label="held-out prompts, no noise, EMA")
+        axes.set(xlabel="update", ylabel="partial score")
         axes.legend(frameon=False)
 
     return Section(
         "Learning curves",
-        figures=[plot(rewards, "Share of samples that the verifier accepts."), plot(ratios, "Statistics of the policy ratio.")],
+        figures=[
+            plot(rewards, "Share of samples that the verifier accepts.", (4.6, 3.2)),
+            plot(dense, "Partial score: objects, colours, count, overlap (the second reward).", (4.6, 3.2)),
+        ],
     )
 
 
@@ -149,13 +152,13 @@ def run(out: Path, overrides: list[str] | None = None, n: int = 240, say: Callab
     say("4/4 measuring the trained model")
     after_images = trainer.draw(prompts)
     after = judge(after_images, prompts, reference)
-    shown = slice(0, 32)
+    shown = slice(0, 30)
     pictures = Section(
         "The same prompts and seeds, before and after",
         "Left before, right after. " + "; ".join(f"{p}" for p in prompts[:4]) + " …",
         figures=[
-            picture(grid(before_images[shown], columns=8, scale=2), "before"),
-            picture(grid(after_images[shown], columns=8, scale=2), "after"),
+            picture(grid(before_images[shown], columns=5, scale=3), "before"),
+            picture(grid(after_images[shown], columns=5, scale=3), "after"),
         ],
     )
     side_by_side = [grid(images[:24], columns=6, scale=2) for images in (before_images, after_images)]
@@ -179,4 +182,3 @@ def run(out: Path, overrides: list[str] | None = None, n: int = 240, say: Callab
     say(lead)
     say(f"report: {path.resolve()}   ({(time.time() - started) / 60:.1f} minutes in all)")
     return path
-

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"diffgen": "diffgen", "pipelines": "diffgen/pipelines", "training": "diffgen/training", "eval": "diffgen/eval"}
+FOLDERS = {
+    "diffgen": "diffgen",
+    "pipelines": "diffgen/pipelines",
+    "training": "diffgen/training",
+    "eval": "diffgen/eval",
+}
 
 
 def run(*command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
@@ -41,11 +46,23 @@ def test_the_wheel_holds_every_file_of_the_four_folders_under_diffgen_and_nothin
 
 def test_an_installed_wheel_runs_the_demo_and_writes_a_self_contained_report(wheel, tmp_path):
     site, out = tmp_path / "site", tmp_path / "out"
-    done = run(sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", str(site), str(wheel), cwd=tmp_path)
+    done = run(
+        sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", str(site), str(wheel), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     small = ["train.steps=1", "rollout.prompts_per_update=2", "rollout.group_size=2", "evaluation.n=4"]
     done = run(
-        sys.executable, "-m", "diffgen", "demo", "--out", str(out), "--n", "8", *small, cwd=tmp_path, PYTHONPATH=str(site)
+        sys.executable,
+        "-m",
+        "diffgen",
+        "demo",
+        "--out",
+        str(out),
+        "--n",
+        "8",
+        *small,
+        cwd=tmp_path,
+        PYTHONPATH=str(site),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     page = (out / "report.html").read_text()
@@ -68,7 +85,9 @@ def test_importing_the_packages_and_asking_for_help_loads_no_torch():
 def test_methods_lists_every_stage_as_json():
     done = run(sys.executable, "-m", "diffgen", "methods", "--json", cwd=Path("/"))
     rows = json.loads(done.stdout)
-    assert {"guidance", "reward", "advantage", "select", "objective", "regularizer", "optimizer"} == {r["stage"] for r in rows}
+    assert {"guidance", "reward", "advantage", "select", "objective", "regularizer", "optimizer"} == {
+        r["stage"] for r in rows
+    }
     assert {"cfg", "apg"} == {r["name"] for r in rows if r["stage"] == "guidance"}
 
 

@@ -71,6 +71,14 @@ def test_in_x0_space_the_projection_is_on_the_denoised_prediction(kind, level, d
     near(to_x0(guided, X, level, kind), denoised)
 
 
+@pytest.mark.parametrize("kind", ["flow_prediction", "epsilon", "v_prediction", "sample"])
+def test_in_x0_space_the_threshold_bounds_the_denoised_update(kind):
+    level = Level(0.6, 0.8)
+    guided = APG(3.0, eta=1.0, momentum=0.0, norm_threshold=0.5)(C, U, step(level=level, kind=kind))
+    update = to_x0(guided, X, level, kind) - to_x0(C, X, level, kind)
+    assert float(update.norm()) == pytest.approx((3 - 1) * 0.5)  # |D_c - D_u| is at least 0.8 / 1.4 |(2, 4)| = 2.6
+
+
 def test_a_model_that_predicts_the_sample_is_guided_as_it_is():
     rule = APG(3.0, momentum=0.0, norm_threshold=0.0)
     near(rule(C, U, step(level=Level(0.6, 0.8), kind="sample")), (1.72, 4.96))

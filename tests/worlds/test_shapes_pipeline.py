@@ -36,7 +36,13 @@ def test_it_is_made_of_stock_classes_and_loads_with_the_stock_pipeline():
     stock.set_progress_bar_config(disable=True)
     # a stock call pads the T5 slot to 256 tokens; the model was trained not to mind
     prompts = shapes.prompts(6, seed=3, split="all")
-    out = stock(prompts, num_inference_steps=10, guidance_scale=3.0, generator=torch.Generator().manual_seed(0), output_type="pt")
+    out = stock(
+        prompts,
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    )
     assert verified(out.images, prompts) >= 1 / 6
 
 
@@ -94,7 +100,14 @@ def test_saving_writes_the_stock_class(pipe, tmp_path):
     again = diffgen.load(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "StableDiffusion3Pipeline"
     image = [
-        np.asarray(p("a blue square", num_inference_steps=4, max_sequence_length=2, generator=torch.Generator().manual_seed(0))[0][0])
+        np.asarray(
+            p(
+                "a blue square",
+                num_inference_steps=4,
+                max_sequence_length=2,
+                generator=torch.Generator().manual_seed(0),
+            )[0][0]
+        )
         for p in (pipe, again)
     ]
     # the call's own guidance scale: 3 here, SD3's 7 in the reloaded one
