@@ -46,7 +46,7 @@ def _flow_grpo(seed: int) -> tuple[float, float]:
 
 CLAIMS: dict[str, Claim] = {
     "flow_grpo_shapes": Claim(
-        text="Flow-GRPO raises verifier accuracy on prompts whose colour-shape pairs were never trained on by 25 points or more",
+        text="Flow-GRPO raises verifier accuracy by 25 points on prompts whose colour-shape pairs were never trained on",
         measured="share of 480 held-out samples that pass the verifier",
         budget="configs/shapes_flow_grpo.yaml, at most 20 minutes a seed on one core",
         margin=0.25,
