@@ -32,7 +32,7 @@ def _full(x: torch.Tensor) -> torch.Tensor:
 
 def ode(out: torch.Tensor, x: torch.Tensor, now: Level, next: Level) -> Step:
     """Euler step of the probability-flow ODE of a flow model: x + v * dt."""
-    dt = next.sigma - now.sigma
+    dt = float(next.sigma) - float(now.sigma)
     return Step(_full(x) + _full(out) * dt, 0.0, dt)
 
 

@@ -116,8 +116,8 @@ UNSUPPORTED = {
 
 def denoisers(pipe) -> dict[str, torch.nn.Module]:
     """The pipeline's denoisers by attribute name. Raises ValueError where there is none."""
-    found = {name: getattr(pipe, name, None) for name in DENOISERS}
-    found = {name: module for name, module in found.items() if isinstance(module, torch.nn.Module)}
+    modules = ((name, getattr(pipe, name, None)) for name in DENOISERS)
+    found = {name: module for name, module in modules if isinstance(module, torch.nn.Module)}
     if not found:
         raise ValueError(
             f"{type(pipe).__name__} has no denoiser: expected a torch module in one of the attributes "

@@ -117,7 +117,7 @@ class Recorded:
     cond: Call
     uncond: Call | None  # the same object as cond where both are halves of one call
     cond_rows: torch.Tensor
-    uncond_rows: torch.Tensor | None
+    uncond_rows: torch.Tensor  # unused where uncond is None
     tap: Tap
 
     def replay(self, rows: torch.Tensor | None = None, grad_uncond: bool = True) -> torch.Tensor:
@@ -184,7 +184,8 @@ class Tap:
         share_until: int = -1,
         row: Row | None = None,
     ):
-        self.pipe, self.rule, self.batch, self.arguments = pipe, rule, batch, arguments or {}
+        self.pipe, self.rule, self.arguments = pipe, rule, arguments or {}
+        self.batch = batch or 0  # 0: not known before the first call
         self.record, self.share, self.share_until = record, share, share_until
         self.row = row or row_for(pipe)
         self.recorded: list[Recorded] = []
@@ -192,13 +193,13 @@ class Tap:
         self.index = 0
         self._begin = 0
         self._undo: list[Callable[[], None]] = []
-        self._pending: tuple[Call, torch.Tensor, torch.Tensor, Any] | None = None
+        self._pending: Any = None  # (call, rows, prediction, answer given) of a call whose second one may follow
         self._state: dict[str, torch.Tensor] = {}
-        self._answer: tuple[torch.Tensor, StepInfo] | None = None
+        self._answer: Any = None  # (guided, step) of the running step
 
     @property
     def nfe(self) -> float:
-        return self.rows_evaluated / max(self.batch or 1, 1)
+        return self.rows_evaluated / max(self.batch, 1)
 
     # --- installing -------------------------------------------------------------------------------------------------
 
@@ -229,7 +230,7 @@ class Tap:
     def _install(self, module: torch.nn.Module) -> None:
         # a module compiled in place is entered through _compiled_call_impl; replacing forward would be traced into it
         attribute = "forward" if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl"
-        base = getattr(module, "_orig_mod", module)
+        base: Any = getattr(module, "_orig_mod", module)
         base = base.get_base_model() if hasattr(base, "get_base_model") else base
         signature = inspect.signature(type(base).forward)
 
@@ -269,7 +270,7 @@ class Tap:
             self._verify(model_output)
         elif self._pending is not None:  # a call that no second one followed: the pipeline ran without CFG
             call, rows, cond, _ = self._pending
-            self._keep(call, None, rows, None, self._step_info(call, rows))
+            self._keep(call, None, rows, rows, self._step_info(call, rows))
             if self._recording:
                 self._answer = (cond, self.recorded[-1].step)
                 self._verify(model_output)
@@ -283,7 +284,7 @@ class Tap:
                 "skip_guidance_layers makes a third denoiser call that a guidance rule would misread; leave it out"
             )
         n = len(call)
-        if self.batch is None:
+        if not self.batch:
             self.batch = n // 2 if self.row.layout == "batched" and self.rule is not None else n
         if n == 3 * self.batch:
             raise ValueError(f"{type(self.pipe).__name__} runs three branches in a call, which no rule here can guide")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from typing import Any
 
 from diffgen.pipelines.base import Guidance
 from diffgen.table import Row, denoisers, row_for
@@ -70,7 +71,7 @@ def guide(pipe, rule: Guidance | None) -> Run | None:
 
 
 def _set(pipe, run: Run | None) -> None:
-    base = getattr(type(pipe), "_unguided", type(pipe))
+    base: Any = getattr(type(pipe), "_unguided", type(pipe))
     pipe.__class__ = base if run is None else _guided_class(base)
     if run is None:
         vars(pipe).pop("_guidance_run", None)
@@ -79,7 +80,7 @@ def _set(pipe, run: Run | None) -> None:
 
 
 @functools.cache
-def _guided_class(base: type) -> type:
+def _guided_class(base: Any) -> type:
     """A subclass of the same name whose call is guided, so that saving and isinstance are as before."""
 
     @functools.wraps(base.__call__)
@@ -96,7 +97,12 @@ def _guided_class(base: type) -> type:
     def __reduce_ex__(self, protocol):  # pickle finds classes by name, and would find the unguided one
         return _new_guided, (base,), vars(self).copy()
 
-    members = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "__module__": base.__module__, "_unguided": base}
+    members: dict[str, Any] = {
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "_unguided": base,
+    }
     return type(base.__name__, (base,), members)
 
 

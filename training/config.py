@@ -217,7 +217,7 @@ def _import_plugins(paths: list[str]) -> None:
             continue
         if not path.is_file():
             raise ValueError(f"plugins: {path} does not exist")
-        spec = importlib.util.spec_from_file_location(name, path)
+        spec: Any = importlib.util.spec_from_file_location(name, path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         try:
@@ -290,12 +290,16 @@ def _set(data: dict, key: str, value: Any, override: str) -> None:
 
 def _merge(base: dict, over: dict) -> dict:
     """`over` on top of `base`; mappings are merged unless they name another method."""
-    merged = dict(base)
+    merged: dict[str, Any] = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        same = both and value.get("name", below.get("name")) == below.get("name")
-        merged[key] = _merge(below, value) if same else value
+        if (
+            isinstance(below, dict)
+            and isinstance(value, dict)
+            and value.get("name", below.get("name")) == below.get("name")
+        ):
+            value = _merge(below, value)
+        merged[key] = value
     return merged
 
 
@@ -311,7 +315,7 @@ def _fields_at(location: tuple) -> list[str]:
     return list(model.model_fields)
 
 
-def _explain(error: dict) -> str:
+def _explain(error: Any) -> str:
     key = ".".join(map(str, error["loc"])) or "config"
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key; {nearest(str(error['loc'][-1]), _fields_at(error['loc']))}"

@@ -15,5 +15,7 @@ def kl(evaluation: Evaluation, *, coef: float = 0.04) -> torch.Tensor:
 
     coef beta: 0.04 (Flow-GRPO on GenEval and OCR); published configs go down to 0.001.
     """
+    assert evaluation.steps is not None  # what `needs` asks for
+    assert evaluation.reference is not None
     terms = [samplers.kl(step, reference) for step, reference in zip(evaluation.steps, evaluation.reference)]
     return coef * torch.stack(terms, 1)

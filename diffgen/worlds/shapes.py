@@ -67,7 +67,7 @@ def parse(prompt: str) -> Scene:
     words = prompt.strip().lower()
     color, shape = "|".join(COLORS), "|".join(SHAPES)
     if m := re.fullmatch(rf"a ({color}) ({shape})", words):
-        return Scene((m.groups(),))
+        return Scene(((m[1], m[2]),))
     if m := re.fullmatch(rf"({'|'.join(NUMBERS)}) ({color}) ({'|'.join(SHAPES.values())})", words):
         singular = next(s for s, plural in SHAPES.items() if plural == m[3])
         return Scene(((m[2], singular),) * NUMBERS[m[1]])
@@ -141,7 +141,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, f
         slots = rng.permutation([(lo, lo), (hi, lo), (lo, hi), (hi, hi)])[: len(scene.objects)]
         r = rng.uniform(4.5, 5.3)
         return [(x + rng.uniform(-1, 1), y + rng.uniform(-1, 1), r) for x, y in slots]
-    dx, dy = RELATIONS[scene.relation]
+    dx, dy = RELATIONS[scene.relation or ""]
     placed = []
     for sign in (1, -1):
         x = mid + sign * dx * SIZE / 4 + rng.uniform(-1, 1) * (1 if dx else 3)
@@ -152,10 +152,10 @@ def _place(scene: Scene, rng: np.random.Generator) -> list[tuple[float, float, f
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """One image of a scene, uint8 [3, SIZE, SIZE]."""
-    image = np.tile(np.float64(BACKGROUND)[:, None, None], (1, SIZE, SIZE))
+    image = np.tile(np.array(BACKGROUND, float)[:, None, None], (1, SIZE, SIZE))
     for (color, shape), (cx, cy, r) in zip(scene.objects, _place(scene, rng)):
         alpha = coverage(shape, cx, cy, r)
-        image = image * (1 - alpha) + np.float64(COLORS[color])[:, None, None] * alpha
+        image = image * (1 - alpha) + np.array(COLORS[color], float)[:, None, None] * alpha
     return np.round(image).astype(np.uint8)
 
 
@@ -168,7 +168,7 @@ def dataset(n: int, seed: int = 0, split: str = "train") -> tuple[np.ndarray, li
 
 # --- verifier -------------------------------------------------------------------------------------------------------
 
-_RAYS = np.float32(list(COLORS.values())) - np.float32(BACKGROUND)
+_RAYS = np.array(list(COLORS.values()), np.float32) - np.array(BACKGROUND, np.float32)
 MAX_RESIDUAL = (
     90.0  # RGB distance to the nearest blend of a named colour and the background; farther is no named colour
 )
@@ -188,7 +188,7 @@ class Found:
 def _templates(fx: float, fy: float) -> tuple[np.ndarray, np.ndarray]:
     """Coverage templates [len(SHAPES) * len(_RADII), SIZE * SIZE] centred at SIZE//2 + (fx, fy), and their areas."""
     c = SIZE // 2
-    stack = np.float32([coverage(s, c + fx, c + fy, r).ravel() for s in SHAPES for r in _RADII])
+    stack = np.array([coverage(s, c + fx, c + fy, r).ravel() for s in SHAPES for r in _RADII], np.float32)
     return stack, stack.sum(1)
 
 
@@ -215,7 +215,7 @@ def segment(image: np.ndarray) -> list[Found]:
     """
     from scipy import ndimage
 
-    pixels = image.reshape(3, -1).T.astype(np.float32) - np.float32(BACKGROUND)
+    pixels = image.reshape(3, -1).T.astype(np.float32) - np.array(BACKGROUND, np.float32)
     opacity = (pixels @ _RAYS.T / (_RAYS**2).sum(1)).clip(0, 1)
     residual = ((pixels[:, None] - opacity[..., None] * _RAYS) ** 2).sum(-1)
     nearest = residual.argmin(1)
