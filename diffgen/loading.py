@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from diffgen.names import nearest
 from diffgen.worlds import WORLDS
@@ -70,15 +71,15 @@ def _with_defaults(base: type, defaults: tuple) -> type:
         raise ValueError(f"{base.__name__} has no argument {unknown[0]!r}: {nearest(unknown[0], signature.parameters)}")
     new = dict(defaults)
 
-    @functools.wraps(base.__call__)
     def __call__(self, *args, **kwargs):
         given = signature.bind_partial(self, *args).arguments
         return base.__call__(self, *args, **{k: v for k, v in new.items() if k not in given} | kwargs)
 
-    __call__.__signature__ = signature.replace(
+    call: Any = functools.wraps(base.__call__)(__call__)
+    call.__signature__ = signature.replace(
         parameters=[p.replace(default=new.get(k, p.default)) for k, p in signature.parameters.items()]
     )
-    return type(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
+    return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
 
 
 def _check_index(path: Path, trust_remote_code: bool) -> None:

@@ -184,7 +184,8 @@ class Tap:
         share_until: int = -1,
         row: Row | None = None,
     ):
-        self.pipe, self.rule, self.arguments = pipe, rule, arguments or {}
+        self.pipe, self.arguments = pipe, arguments or {}
+        self.rule: Any = rule
         self.batch = batch or 0  # 0: not known before the first call
         self.record, self.share, self.share_until = record, share, share_until
         self.row = row or row_for(pipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from typing import Any
+from typing import Any, overload
 
 from diffgen.pipelines.base import Guidance
 from diffgen.table import Row, denoisers, row_for
@@ -30,7 +30,11 @@ class Run:
         _set(self.pipe, self._previous)
 
 
-def guide(pipe, rule: Guidance | None) -> Run | None:
+@overload
+def guide(pipe: Any, rule: Guidance) -> Run: ...
+@overload
+def guide(pipe: Any, rule: None) -> None: ...
+def guide(pipe: Any, rule: Guidance | None) -> Run | None:
     """Every call of `pipe` is guided by `rule`, until guide(pipe, None), or the end of a `with` block.
 
         with guide(pipe, APG(scale=10)) as run:
@@ -107,7 +111,7 @@ def _guided_class(base: Any) -> type:
 
 
 def _new_guided(base: type):
-    guided = _guided_class(base)
+    guided: Any = _guided_class(base)
     return guided.__new__(guided)
 
 

@@ -192,10 +192,11 @@ class Trainer:
         return {name: self.weights[name.split("/")[0] if name not in self.weights else name] for name in rewards}
 
     def _update_ema(self) -> None:
-        if self.ema is None or (self.update + 1) % self.config.ema.every:
+        c = self.config.ema
+        if self.ema is None or c is None or (self.update + 1) % c.every:
             return
-        n = (self.update + 1) / self.config.ema.every
-        decay = min(self.config.ema.decay, (1 + n) / (10 + n))
+        n = (self.update + 1) / c.every
+        decay = min(c.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.params.values()], 1 - decay)
 
     # --- the run ----------------------------------------------------------------------------------------------------
