@@ -103,7 +103,7 @@ def methods(stage: Annotated[str | None, typer.Argument(help="Only this stage.")
 
     if stage is not None and stage not in registry.STAGES:
         raise ValueError(f"stage {stage!r} is unknown: {nearest(stage, registry.STAGES)}")
-    rows = [
+    rows: list[dict] = [
         {"stage": m.stage, "name": m.name, "paper": m.paper, "summary": m.summary, "options": m.options}
         for m in registry.methods(stage)
     ]

@@ -99,7 +99,7 @@ def get(stage: str, name: str) -> Method:
     return known[name]
 
 
-def build(stage: str, name: str, options: dict[str, Any] | None = None, also: Iterable[str] = ()) -> Callable:
+def build(stage: str, name: str, options: dict[str, Any] | None = None, also: Iterable[str] = ()) -> Any:
     """The method with its options bound. A class (guidance rules) is constructed, a function becomes a partial.
 
     Options are checked, and converted (YAML reads 1e-4 as text), by their annotations. also: keys that a config knows

@@ -15,6 +15,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def _extends(parent: type, **extra):
     return decorate
 
 
-def _restarting(parent: type):
+def _restarting(parent: Any):
     """parent.set_timesteps, which also starts counting steps anew.
 
     With the parent's signature: pipelines read off it whether a scheduler takes sigmas or timesteps.
@@ -75,6 +76,8 @@ def _restarting(parent: type):
 class _Stochastic:
     """What both schedulers share: where noise comes from, which steps are stochastic, recording."""
 
+    config: Any
+
     noise: Callable[[int, torch.Tensor], torch.Tensor] | None = None
     """(step, like [B, ...]) -> standard normal noise; None draws from the step's generator or the global one."""
     _transitions: list[Transition] | None = None
@@ -83,7 +86,8 @@ class _Stochastic:
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Transition]]:
         """Records the stochastic steps taken inside the block."""
-        self._transitions = transitions = []
+        transitions: list[Transition] = []
+        self._transitions = transitions
         try:
             yield transitions
         finally:
@@ -198,7 +202,7 @@ def stochastic(scheduler, *, window: tuple[int, int] | None = None, noise_level:
     return _from_config(DDIMSDEScheduler, config, window=window, eta=noise_level)
 
 
-def _from_config(cls: type, config: dict, *, window, **extra):
+def _from_config(cls: Any, config: dict, *, window, **extra):
     """cls with those entries of another scheduler's config that it has too; extra where it isn't None."""
     known = inspect.signature(cls.__init__).parameters
     config = {k: v for k, v in config.items() if k in known}

@@ -52,7 +52,7 @@ def call_kwargs(name: str) -> dict[str, Any]:
 
     FluxPipeline and QwenImagePipeline guide only when a negative prompt is passed, which is left to the caller.
     """
-    size = {"height": 16, "width": 16}
+    size: dict[str, Any] = {"height": 16, "width": 16}
     text = {"max_sequence_length": TOKENS}
     return {
         "StableDiffusionPipeline": size,

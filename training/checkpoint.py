@@ -58,13 +58,19 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], s
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest intact checkpoint in folder, or None. Damaged ones are passed over with a warning."""
-    for path in reversed(_committed(folder)):
+    """The newest intact checkpoint in folder; None where there is none at all.
+
+    Damaged ones are passed over with a warning; where all are, CheckpointError: starting anew would lose the run.
+    """
+    found = _committed(folder)
+    for path in reversed(found):
         try:
             verify(path)
             return path
         except CheckpointError as error:
             warnings.warn(f"{error}; trying the one before", stacklevel=2)
+    if found:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged; move the folder away to start anew")
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ class DiffusionPolicy:
         self, pipe, *, lora: Lora | None = None, call: dict | None = None, gradient_checkpointing: bool = False
     ):
         self.pipe, self.row, self.call = pipe, row_for(pipe), dict(call or {})
-        self.modules = denoisers(pipe)
+        self.modules: dict[str, Any] = dict(denoisers(pipe))
         self.lora = lora
         self._check_call()
         if lora is not None and not hasattr(pipe, "save_lora_weights"):
@@ -56,7 +57,7 @@ class DiffusionPolicy:
                 self._add_adapter(name, module, lora)
             if gradient_checkpointing:
                 module.enable_gradient_checkpointing()
-        self._base: list[torch.Tensor] | None = None
+        self.base: Any = None  # the weights at the start, a list of tensors, where full fine-tuning needs a reference
 
     def _check_call(self) -> None:
         import inspect
@@ -247,15 +248,15 @@ class DiffusionPolicy:
                 for module in self.modules.values():
                     module.enable_adapters()
             return
-        if self._base is None:
+        if self.base is None:
             raise RuntimeError("keep_reference() must be called before full fine-tuning starts")
-        with swapped(self.named_parameters().values(), self._base):
+        with swapped(self.named_parameters().values(), self.base):
             yield
 
     def keep_reference(self) -> None:
         """Keeps a copy of the weights as the reference of full fine-tuning; LoRA needs none."""
-        if self.lora is None and self._base is None:
-            self._base = [p.detach().clone() for p in self.named_parameters().values()]
+        if self.lora is None and self.base is None:
+            self.base = [p.detach().clone() for p in self.named_parameters().values()]
 
     # --- saving -----------------------------------------------------------------------------------------------------
 

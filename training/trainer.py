@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from diffgen import registry
@@ -183,10 +184,13 @@ class Trainer:
         statistics["grad_norm"].append(norm.detach().cpu())
 
     def _clipped(self, ratio: torch.Tensor) -> float:
-        clip = self.objective.keywords.get(
-            "clip_range", registry.get("objective", self.config.objective.name).options.get("clip_range")
-        )
-        return ((ratio - 1).abs() > clip).float().mean().item() if clip is not None else 0.0
+        """Share of ratios outside the objective's clip range; 0 for an objective without one."""
+        options = registry.get("objective", self.config.objective.name).options | self.objective.keywords
+        low = options.get("clip_range")
+        if low is None:
+            return 0.0
+        high = low if options.get("clip_range_high") is None else options["clip_range_high"]
+        return ((ratio < 1 - low) | (ratio > 1 + high)).float().mean().item()
 
     def _weights(self, rewards: dict[str, torch.Tensor]) -> dict[str, float]:
         return {name: self.weights[name.split("/")[0] if name not in self.weights else name] for name in rewards}
@@ -203,6 +207,13 @@ class Trainer:
 
     def fit(self) -> dict[str, float]:
         """Trains to config.train.steps; returns the last logged metrics. Ctrl-C and SIGTERM save a checkpoint first."""
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                return self._fit()
+        except Timeout:
+            raise ConfigError(f"output_dir: another run is at work in {self.folder}; choose another one") from None
+
+    def _fit(self) -> dict[str, float]:
         c = self.config
         self.resume()
         (self.folder / "config.json").write_text(c.model_dump_json(indent=1))
@@ -269,8 +280,9 @@ class Trainer:
             )
 
     def _log(self, metrics: dict[str, float], update: int) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # NaN is no JSON
         with (self.folder / "log.jsonl").open("a") as stream:
-            stream.write(json.dumps({"update": update, **metrics}) + "\n")
+            stream.write(json.dumps({"update": update, **finite}) + "\n")
         self.accelerator.log(metrics, step=update)
 
     def _summary(self, metrics: dict[str, float]) -> dict[str, str]:
@@ -288,7 +300,7 @@ class Trainer:
         if self.ema is not None:
             tensors["ema"] = dict(zip(names, self.ema))
         if self.policy.lora is None and self.needs_reference:
-            tensors["reference"] = dict(zip(names, self.policy._base))
+            tensors["reference"] = dict(zip(names, self.policy.base))
         state = {"update": self.update, "optimizer": extra, "config": self.config.model_dump(mode="json")}
         try:
             checkpoint.save(self.folder / "checkpoints", self.update, tensors, state, self.config.checkpoint.keep)
@@ -319,7 +331,7 @@ class Trainer:
         if self.ema is not None:
             torch._foreach_copy_(self.ema, [tensors["ema"][n] for n in self.params])
         if self.policy.lora is None and self.needs_reference:
-            torch._foreach_copy_(self.policy._base, [tensors["reference"][n] for n in self.params])
+            torch._foreach_copy_(self.policy.base, [tensors["reference"][n] for n in self.params])
         self.update = state["update"]
         if log.is_file():
             lines = [line for line in log.read_text().splitlines() if _update_of(line) <= self.update]
@@ -340,8 +352,16 @@ class Trainer:
     def _check_same_run(self, saved: dict, path: Path) -> None:
         """What may differ from the checkpoint: how long and how closely the run is watched, where it lives."""
         mine = self.config.model_dump(mode="json")
-        free = ("output_dir", "evaluation", "logging", "checkpoint", "runtime")
-        changed = [k for k in _different(mine, saved) if k.split(".")[0] not in free and k != "train.steps"]
+        free = (
+            "output_dir",
+            "evaluation",
+            "logging",
+            "checkpoint",
+            "train.steps",
+            "runtime.device",
+            "runtime.cpu_threads",
+        )
+        changed = [k for k in _different(mine, saved) if not {k, k.split(".")[0]} & set(free)]
         if changed:
             raise ConfigError(
                 f"{path} belongs to a run with another config; different: {', '.join(changed)}. Choose another output_dir"

@@ -87,7 +87,8 @@ def fit_patches(images: torch.Tensor, channels: int = 24, factor: int = 4) -> to
     components = components / ((patches - mean) @ components.T).std()
     encoder = torch.nn.Conv2d(3, channels, factor, stride=factor).requires_grad_(False)
     encoder.weight.copy_(components.reshape(channels, 3, factor, factor).float())
-    encoder.bias.data.copy_(-(components @ mean).float())
+    assert encoder.bias is not None
+    encoder.bias.copy_(-(components @ mean).float())
     return encoder
 
 

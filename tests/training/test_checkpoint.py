@@ -362,3 +362,13 @@ def test_a_kill_never_leaves_a_half_written_checkpoint_under_its_final_name(kill
         assert [p.name for p in found[-2:]] == ["step-000003", "step-000004"], report["runs"][i]
         for path in found[-2:]:
             checkpoint.verify(path)
+
+
+def test_a_folder_whose_checkpoints_are_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path):
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, step, {"model": {"w": torch.ones(2)}}, {"update": step}, keep=2)
+        (path / "model.safetensors").write_bytes(b"cut")
+    with pytest.warns(UserWarning, match="trying the one before"), pytest.raises(
+        checkpoint.CheckpointError, match="every checkpoint in .* is damaged"
+    ):
+        checkpoint.newest(tmp_path)

@@ -22,6 +22,11 @@ def score(
     """
     scores: dict[str, torch.Tensor] = {}
     for name, reward in rewards.items():
+        taken = set(getattr(reward, "keywords", {})) & set(columns)
+        if taken:
+            raise RewardError(
+                f"reward {name!r}: {sorted(taken)} is an option of it and a column of the data; rename the column"
+            )
         try:
             result = reward(samples, prompts, **columns)
         except Exception as error:
