@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -168,8 +168,8 @@ def main() -> None:
     """Bad input ends with one message and exit code 2, not with a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError, TypeError, RuntimeError) as error:
-        if "--traceback" in sys.argv or type(error).__module__.startswith("torch"):
+    except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
+        if os.environ.get("DIFFGEN_TRACEBACK"):
             raise
         typer.echo(f"diffgen: {error}", err=True)
         raise SystemExit(2) from None

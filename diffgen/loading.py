@@ -40,17 +40,25 @@ def load(model: str, *, dtype=None, device=None, trust_remote_code: bool = False
 
     index = json.loads((path / "model_index.json").read_text())
     absent = {k: None for k, v in index.items() if isinstance(v, list) and v == [None, None]}
-    pipe = DiffusionPipeline.from_pretrained(
-        path,
-        torch_dtype=dtype or torch.float32,
-        trust_remote_code=trust_remote_code,
-        local_files_only=True,
-        use_safetensors=True,
-        **absent,
-    )
-    for module in pipe.components.values():
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            path,
+            dtype=dtype or torch.float32,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            **absent,
+        )
+    except Exception as error:  # a damaged file raises whatever its reader does
+        raise ValueError(f"{path} could not be loaded: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
-            module.to(dtype or torch.float32).eval()
+            missing = [key for key, p in module.named_parameters() if p.is_meta or not p.isfinite().all()]
+            if missing:
+                raise ValueError(
+                    f"{path / name}: weights of {len(missing)} parameters are missing or NaN, {missing[0]} first"
+                )
+            module.eval()
     if device is not None:
         pipe.to(device)
     pipe.set_progress_bar_config(disable=quiet)
@@ -106,6 +114,11 @@ def _check_index(path: Path, trust_remote_code: bool) -> None:
                 f"{file}: component {name!r} names the library {library!r}, and loading would import it; only "
                 f"{', '.join(TRUSTED)} are allowed without trust_remote_code=True (--trust-remote-code)"
             )
+    for shards in path.rglob("*.index.json"):
+        names = set(json.loads(shards.read_text()).get("weight_map", {}).values())
+        wrong = [n for n in names if not str(n).endswith(".safetensors") or Path(str(n)).name != n]
+        if wrong:
+            raise ValueError(f"{shards} names {wrong[0]!r}; only safetensors files beside it are loaded")
     for weights in path.rglob("*"):
         if weights.suffix in {".bin", ".ckpt", ".pt", ".pth", ".pkl"}:
             folder = weights.parent
@@ -114,13 +127,11 @@ def _check_index(path: Path, trust_remote_code: bool) -> None:
 
 
 def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
+    from diffusers import DiffusionPipeline
 
-    allow = ["*.json", "*.safetensors", "*.txt", "*.model", "**/*.json", "**/*.safetensors", "**/*.txt", "**/*.model"]
+    offline = bool(os.environ.get("HF_HUB_OFFLINE"))
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=allow, local_files_only=bool(os.environ.get("HF_HUB_OFFLINE")))
-        )
+        return Path(DiffusionPipeline.download(model, use_safetensors=True, local_files_only=offline))
     except Exception as error:
         raise FileNotFoundError(
             f"model {model!r} is no embedded world ({', '.join(WORLDS)}) or folder, and could not be fetched from the hub: "

@@ -106,15 +106,12 @@ def build(stage: str, name: str, options: dict[str, Any] | None = None, also: It
     beside the options, for the message about an unknown one.
     """
     method, options = get(stage, name), dict(options or {})
-    if ":" not in name:
-        for option, value in options.items():
-            if option not in method.options:
-                raise ValueError(
-                    f"{stage} {name!r} has no option {option!r}: {nearest(option, [*method.options, *also])}"
-                )
-            options[option] = _checked(method, option, value)
-        if missing := method.required - set(options):
-            raise ValueError(f"{stage} {name!r} needs the option {', '.join(sorted(missing))}, which has no default")
+    for option, value in options.items():
+        if option not in method.options:
+            raise ValueError(f"{stage} {name!r} has no option {option!r}: {nearest(option, [*method.options, *also])}")
+        options[option] = _checked(method, option, value)
+    if missing := method.required - set(options):
+        raise ValueError(f"{stage} {name!r} needs the option {', '.join(sorted(missing))}, which has no default")
     return (
         method.function(**options)
         if isinstance(method.function, type)
@@ -128,7 +125,7 @@ def _checked(method: Method, option: str, value: Any) -> Any:
 
     try:
         hint = typing.get_type_hints(method.function)[option]
-        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
     except (KeyError, NameError, TypeError, PydanticUserError):  # not annotated, or by what only a type checker knows
         return value
     number = isinstance(method.options[option], (int, float)) and not isinstance(method.options[option], bool)

@@ -32,7 +32,7 @@ from diffgen.parametrization import Level, is_flow
 
 @dataclass
 class Transition:
-    """One recorded step. index counts denoising steps from 0; x, out, x_next are [B, ...]; logp [B] float32.
+    """One recorded step. index counts denoising steps from 0; x, x_next are [B, ...]; logp [B] float32.
 
     remake(out) is the same step from another model output: `samplers.log_prob(t.x_next, t.remake(out))`.
     """
@@ -193,6 +193,7 @@ def stochastic(scheduler, *, window: tuple[int, int] | None = None, noise_level:
     """
     config = dict(scheduler.config)
     if is_flow(scheduler):
+        config["stochastic_sampling"] = False  # noise without a log-prob
         if "flow_shift" in config:  # UniPC's and DPM-Solver's name
             config["shift"] = config["flow_shift"]
         return _from_config(FlowSDEScheduler, config, window=window, noise_level=noise_level)

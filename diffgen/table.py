@@ -20,7 +20,8 @@ BATCH_ARGUMENTS = frozenset(
     encoder_hidden_states_mask pooled_projections guidance class_labels timestep_cond added_cond_kwargs original_size
     target_size crop_coords img_shapes image_embeds encoder_hidden_states_image controlnet_block_samples
     controlnet_single_block_samples block_controlnet_hidden_states down_block_additional_residuals
-    mid_block_additional_residual down_intrablock_additional_residuals""".split()
+    mid_block_additional_residual down_intrablock_additional_residuals text_embedding_mask encoder_hidden_states_t5
+    text_embedding_mask_t5 image_meta_size style""".split()
 )
 SAMPLE_ARGUMENTS = ("sample", "hidden_states", "x")
 # Lists with one entry a sample. All other lists (ControlNet residuals) hold tensors that carry the batch.
@@ -33,10 +34,6 @@ def _negate(out: torch.Tensor) -> torch.Tensor:
 
 def _negate_frame(out: torch.Tensor) -> torch.Tensor:
     return -out.squeeze(2)
-
-
-def _drop_variance(out: torch.Tensor) -> torch.Tensor:
-    return out.chunk(2, dim=1)[0]
 
 
 def _match_norm_last(guided: torch.Tensor, cond: torch.Tensor, arguments: dict) -> torch.Tensor:
@@ -63,7 +60,8 @@ class Row:
     call. scale: the call argument that switches CFG on and scales it. scale_offset: u + w (c - u) has
     w = argument + offset. needs_negative: CFG is off unless a negative prompt is passed. renorm(guided, cond, arguments):
     what the pipeline does with its guided prediction that looks at cond. post(guided): what it does after that, before
-    scheduler.step. upcast: it guides in float32, whatever the denoiser's dtype. negated: the denoiser predicts minus what
+    scheduler.step. learned_variance: the denoiser may predict twice the channels, of which the pipeline drops the second
+    half. upcast: it guides in float32, whatever the denoiser's dtype. negated: the denoiser predicts minus what
     the scheduler takes (and post negates it); rules see the scheduler's sign.
     """
 
@@ -74,6 +72,7 @@ class Row:
     needs_negative: bool = False
     renorm: Callable[[torch.Tensor, torch.Tensor, dict], torch.Tensor] | None = None
     post: Callable[[torch.Tensor], torch.Tensor] | None = None
+    learned_variance: bool = False
     upcast: bool = False
     negated: bool = False
     known: bool = True
@@ -90,7 +89,7 @@ ROWS: dict[str, Row] = {
     "LTXPipeline": Row(upcast=True),
     "AuraFlowPipeline": BATCHED,
     "SanaPipeline": Row(upcast=True),
-    "PixArtSigmaPipeline": Row(post=_drop_variance),
+    "PixArtSigmaPipeline": Row(learned_variance=True),
     "FluxPipeline": TRUE_CFG,
     "QwenImagePipeline": Row("two_calls", scale="true_cfg_scale", needs_negative=True, renorm=_match_norm_last),
     "WanPipeline": TWO_CALLS,

@@ -26,7 +26,8 @@ class StepInfo:
     """One denoising step, as a guidance rule sees it.
 
     index in 0..num_steps-1; timestep of the scheduler; level (alpha, sigma) of the denoiser's input x [B, ...]; kind: the
-    parametrisation of cond and uncond; state: the rule's memory, tensors [B, ...] by name, empty at step 0.
+    parametrisation of cond and uncond; state: the rule's memory, tensors [B, ...] by name, empty at step 0; order:
+    denoiser evaluations that the scheduler makes in one step of the schedule.
     """
 
     index: int
@@ -36,6 +37,7 @@ class StepInfo:
     kind: str
     x: torch.Tensor
     state: dict[str, torch.Tensor] = field(default_factory=dict)
+    order: int = 1
 
     def rows(self, rows) -> StepInfo:
         return replace(self, x=self.x[rows], state={k: v[rows] for k, v in self.state.items()})
@@ -119,6 +121,7 @@ class Recorded:
     cond_rows: torch.Tensor
     uncond_rows: torch.Tensor  # unused where uncond is None
     tap: Tap
+    want: torch.Tensor | None = None  # bool [B]: whose unconditional prediction was evaluated; None: everyone's
 
     def replay(self, rows: torch.Tensor | None = None, grad_uncond: bool = True) -> torch.Tensor:
         """The model output handed to scheduler.step, [len(rows), ...], with gradients.
@@ -128,12 +131,21 @@ class Recorded:
         """
         rows = None if rows is None else rows.cpu()
         step = self.step if rows is None else self.step.rows(rows)
-        step = replace(step, state=dict(step.state))
+        step = replace(step, state={k: v.clone() for k, v in step.state.items()})
         c_rows = self.cond_rows if rows is None else self.cond_rows[rows]
         if self.uncond is None:
             return self.tap.finish(self.cond.replay(None if rows is None else c_rows), step)
         u_rows = self.uncond_rows if rows is None else self.uncond_rows[rows]
-        if self.uncond is self.cond and grad_uncond:
+        want = None if self.want is None else self.want if rows is None else self.want[rows]
+        if want is not None and not want.all():
+            c = self.cond.replay(c_rows)
+            u = c
+            if want.any():
+                with torch.set_grad_enabled(grad_uncond and torch.is_grad_enabled()):
+                    active = self.uncond.replay(u_rows[want])
+                u = c.clone()
+                u[want.to(c.device)] = active
+        elif self.uncond is self.cond and grad_uncond:
             both = [c_rows, u_rows] if self.tap.row.cond_first else [u_rows, c_rows]
             halves = self.cond.replay(None if rows is None else torch.cat(both)).chunk(2)
             c, u = halves if self.tap.row.cond_first else halves[::-1]
@@ -300,6 +312,7 @@ class Tap:
 
     def _on_both(self, call: Call):
         """One call on both halves."""
+        self._expect("batched")
         b = self.batch
         first, second = torch.arange(b), torch.arange(b, 2 * b)
         c_rows, u_rows = (first, second) if self.row.cond_first else (second, first)
@@ -309,8 +322,8 @@ class Tap:
                 raise ValueError("recording a step with CFG needs a rule, for example CFG(scale)")
             self.rows_evaluated += 2 * b
             return call.run()
-        self._keep(call, call, c_rows, u_rows, step)
         want, reps, inverse = self._needed(step)
+        self._keep(call, call, c_rows, u_rows, step, want)
         if want.all() and reps is None:
             output = call.run()
             self.rows_evaluated += 2 * b
@@ -342,6 +355,7 @@ class Tap:
 
     def _on_uncond(self, call: Call):
         """The second call of a step: its answer, and the one already given, become the guided prediction."""
+        self._expect("two_calls")
         first, rows, c, answer = self._pending
         step = self._step_info(first, rows)
         if self.rule is None:
@@ -350,8 +364,8 @@ class Tap:
             self.rows_evaluated += self.batch
             self._pending = None
             return call.run()
-        self._keep(first, call, rows, rows, step)
         want, reps, inverse = self._needed(step)
+        self._keep(first, call, rows, rows, step, want)
         reps = rows if reps is None else reps
         active = reps[want[reps]]
         if len(active):
@@ -367,6 +381,12 @@ class Tap:
         return _with_prediction(output, guided)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _expect(self, layout: str) -> None:
+        if self.row.layout not in (layout, "auto"):
+            raise RuntimeError(
+                f"{type(self.pipe).__name__}: its row says layout={self.row.layout!r}, its calls say {layout!r}"
+            )
 
     @property
     def _recording(self) -> bool:
@@ -388,6 +408,7 @@ class Tap:
             kind=parametrization.prediction_kind(scheduler),
             x=x,
             state=self._state,
+            order=getattr(scheduler, "order", 1),
         )
 
     def _needed(self, step: StepInfo | None):
@@ -414,6 +435,8 @@ class Tap:
         if self.row.negated:  # negation is exact, so CFG stays what it is bit for bit
             c, u = -c, -u
         channels = step.x.shape[1]
+        if c.ndim == step.x.ndim and channels > c.shape[1]:  # inpainting, image-to-video: conditions follow the latents
+            step.x = step.x[:, : c.shape[1]]
         if c.shape[1] == 2 * channels and c.ndim == step.x.ndim:
             guided = torch.cat([self.rule(c[:, :channels], u[:, :channels], step), c[:, channels:]], 1)
         else:
@@ -425,14 +448,14 @@ class Tap:
     def finish(self, guided: torch.Tensor, step: StepInfo) -> torch.Tensor:
         """What the pipeline makes of the guided prediction before it calls scheduler.step."""
         guided = guided.float() if self.row.upcast else guided
-        if self.row.post is None or (self.row.post.__name__ == "_drop_variance" and guided.shape[1] == step.x.shape[1]):
-            return guided
-        return self.row.post(guided)
+        if self.row.learned_variance and guided.shape[1] == 2 * step.x.shape[1]:
+            guided = guided.chunk(2, dim=1)[0]
+        return guided if self.row.post is None else self.row.post(guided)
 
-    def _keep(self, cond: Call, uncond: Call | None, c_rows, u_rows, step: StepInfo) -> None:
+    def _keep(self, cond: Call, uncond: Call | None, c_rows, u_rows, step: StepInfo, want=None) -> None:
         if self._recording:
-            snapshot = replace(step, state=dict(step.state))
-            self.recorded.append(Recorded(snapshot, cond, uncond, c_rows, u_rows, self))
+            snapshot = replace(step, state={k: v.clone() for k, v in step.state.items()})
+            self.recorded.append(Recorded(snapshot, cond, uncond, c_rows, u_rows, self, want))
 
     def _answered(self, guided: torch.Tensor, step: StepInfo) -> None:
         self._state = step.state

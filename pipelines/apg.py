@@ -71,6 +71,11 @@ class APG(Guidance):
             direction = to_x0(cond.double(), step.x.double(), step.level, step.kind)
         d = -k * (cond.double() - uncond.double())  # D_c - D_u
         if self.momentum:
+            if step.order > 1:
+                raise ValueError(
+                    f"APG.momentum={self.momentum} with a scheduler of order {step.order} would gather every evaluation, not "
+                    "every step; use momentum=0 or a first-order scheduler"
+                )
             d = step.state["momentum"] = d + self.momentum * step.state.get("momentum", torch.zeros_like(d))
         r = self.norm_threshold
         r = 15 * math.sqrt(cond[0].numel() / 65536) if r == "auto" else float(r)

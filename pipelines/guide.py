@@ -57,6 +57,11 @@ def guide(pipe: Any, rule: Guidance | None) -> Run | None:
                 f"{name} is guidance-distilled (time_cond_proj_dim is set, as in LCM): the pipeline never runs the "
                 "unconditional branch that a guidance rule needs"
             )
+        if config.get("guidance_embeds") and row.scale == "guidance_scale":
+            raise ValueError(
+                f"{name} is guidance-distilled (guidance_embeds) and {type(pipe).__name__} has no true_cfg_scale: it runs no "
+                "CFG that a rule could guide"
+            )
         if config.get("guidance_embeds"):
             warnings.warn(
                 f"{name} is guidance-distilled (guidance_embeds): guidance_scale stays the embedded guidance; "
@@ -94,9 +99,15 @@ def _guided_class(base: Any) -> type:
         rule, arguments = apply_rule(run.row, run.rule, arguments)
         with tap(self, rule, run.row, arguments) as opened:
             try:
-                return base.__call__(self, **arguments)
+                result = base.__call__(self, **arguments)
             finally:
                 run.nfe = opened.nfe
+        if rule.scale > 1 and not opened.guided_steps:
+            raise RuntimeError(
+                f"{base.__name__} never predicted for the negative prompt, so {type(rule).__name__} had nothing to guide: at "
+                f"{run.row.scale}={arguments[run.row.scale]} it runs no CFG (its {run.row.scale} may be a distilled guidance)"
+            )
+        return result
 
     def __reduce_ex__(self, protocol):  # pickle finds classes by name, and would find the unguided one
         return _new_guided, (base,), vars(self).copy()

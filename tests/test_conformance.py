@@ -238,6 +238,26 @@ def test_only_the_steps_asked_for_are_recorded(build):
     assert [r.step.index for r in opened.recorded] == [0, 2]
 
 
+SKIPS = {0: True, 1: torch.tensor([True, False])}  # everyone's, sample 0's, nobody's
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "two steps" not in v])
+def test_replay_leaves_out_what_the_rollout_left_out(variant, build):
+    s = build(variant)
+    records = s.record(Some(4.0, table=SKIPS))
+    rows = evaluated_rows(s.pipe)
+    for i, (t, recorded) in records.items():
+        rows.clear()
+        for grad_uncond in (True, False):
+            logp = log_prob(t.x_next, t.remake(recorded.replay(grad_uncond=grad_uncond)))
+            torch.testing.assert_close(logp, t.logp, rtol=1e-4, atol=1e-4)
+        assert sum(rows) == 2 * (2, 1, 0)[i] + 2 * 2
+        some = recorded.replay(torch.tensor([1]))
+        torch.testing.assert_close(
+            log_prob(t.x_next[[1]], t.remake(some, torch.tensor([1]))), t.logp[[1]], rtol=1e-4, atol=1e-4
+        )
+
+
 # --- (c) evaluations ---------------------------------------------------------------------------------------------
 
 N, B = 3, 2

@@ -2,60 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 
 from diffgen.registry import register
+from diffgen.training.rollout import Rollout
 
 
 def group_mean(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Mean of each sample's group, [B]."""
-    n = int(group.max()) + 1
-    count = torch.bincount(group, minlength=n).double()
-    return (torch.zeros(n, dtype=torch.float64).index_add_(0, group, values.double()) / count)[group]
+    """Mean of each sample's group over its values that aren't NaN, float64 [B]."""
+    values = values.double()
+    total = torch.zeros(int(group.max()) + 1, dtype=torch.float64)
+    count = total.clone().index_add_(0, group, (~values.isnan()).double())
+    return (total.index_add_(0, group, values.nan_to_num(0.0)) / count)[group]
 
 
 def group_std(values: torch.Tensor, group: torch.Tensor, std: str = "population") -> torch.Tensor:
-    """Standard deviation of each sample's group, [B]; std is "population" (divisor K) or "unbiased" (K - 1)."""
+    """Standard deviation of each sample's group, float64 [B]; std is "population" (divisor K) or "unbiased" (K - 1)."""
     if std not in ("population", "unbiased"):
         raise ValueError(f"std must be 'population' or 'unbiased', got {std!r}")
     variance = group_mean((values.double() - group_mean(values, group)).square(), group)
     if std == "unbiased":
-        count = torch.bincount(group).double()[group]
+        count = group_size(values, group)
         variance = variance * count / (count - 1).clamp_min(1)
     return variance.sqrt()
+
+
+def group_size(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Values of each sample's group that aren't NaN, float64 [B]."""
+    n = int(group.max()) + 1
+    return torch.zeros(n, dtype=torch.float64).index_add_(0, group, (~values.isnan()).double())[group]
 
 
 @register("advantage", "group", paper="2505.05470")
 def group(
     rewards: torch.Tensor,
     group: torch.Tensor,
+    rollout: Rollout | None = None,
     *,
     std: Literal["population", "unbiased"] = "population",
     global_std: bool = False,
-    eps: float = 1e-4,
-    clip: float = 5.0,
+    eps: NonNegativeFloat = 1e-4,
+    clip: PositiveFloat = 5.0,
 ) -> torch.Tensor:
     """A = (R - mean of the group) / (std + eps), clipped to +-clip (Flow-GRPO, GRPO 2402.03300).
 
     rewards [B] float, group [B] int64 -> [B] float32. std "population" as flow_grpo, "unbiased" as TRL and verl; global_std
-    takes the std of the whole batch (most published Flow-GRPO configs). A group of equal rewards gets exactly 0; NaN
-    (reward does not apply) gets 0 and stays out of the statistics.
+    takes the std of the whole batch (most published Flow-GRPO configs).
     """
-    valid = ~rewards.isnan()
-    advantage = torch.zeros(len(rewards), dtype=torch.float64)
-    if valid.any():
-        r = rewards[valid].double()
-        _, g = torch.unique(group[valid], return_inverse=True)
-        centred = r - group_mean(r, g)
-        spread = group_std(r, g, std)
-        constant = spread <= 4 * torch.finfo(torch.float32).eps * group_mean(r.abs(), g)  # rewards are float32
-        scale = group_std(r, torch.zeros_like(g), std) if global_std else spread
-        advantage[valid] = torch.where(constant, 0.0, centred / (scale + eps))
-    return advantage.clamp(-clip, clip).float()
+    scale = group_std(rewards, torch.zeros_like(group) if global_std else group, std)
+    return ((rewards.double() - group_mean(rewards, group)) / (scale + eps)).clamp(-clip, clip).float()
 
 
-def combine(rewards: dict[str, torch.Tensor], weights: dict[str, float], group: torch.Tensor, function) -> torch.Tensor:
-    """Advantage of several rewards: each is normalised by itself in its group, then weighted and summed -> [B]."""
-    return sum(weights[name] * function(values, group) for name, values in rewards.items())
+def combine(rollout: Rollout, weights: dict[str, float], function: Callable) -> torch.Tensor:
+    """Advantage of a rollout's rewards: each is normalised by itself in its group, then weighted and summed -> [B].
+
+    Whatever the function: a sample whose reward is NaN (does not apply), and a group whose rewards are equal up to float32
+    rounding or that has one value only, get exactly 0.
+    """
+    group, total = rollout.group, torch.zeros(len(rollout.group))
+    for name, values in rollout.rewards.items():
+        equal = group_std(values, group) <= 4 * torch.finfo(torch.float32).eps * group_mean(values.abs(), group)
+        nothing = values.isnan() | equal | (group_size(values, group) < 2)
+        total = total + weights[name] * torch.where(nothing, 0.0, function(values, group, rollout))
+    return total

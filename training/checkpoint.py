@@ -57,6 +57,23 @@ def save(folder: Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], s
     return final
 
 
+def step_of(path: Path) -> int:
+    """N of a folder step-N. Raises CheckpointError for any other."""
+    try:
+        return int(path.name.removeprefix("step-"))
+    except ValueError:
+        raise CheckpointError(f"{path} is no checkpoint; expected a folder named step-NUMBER") from None
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Renames checkpoints later than `step` to abandoned-*: a run goes on from an older one, on another branch."""
+    for path in _committed(folder):
+        if step_of(path) > step:
+            aside = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+
+
 def newest(folder: Path) -> Path | None:
     """The newest intact checkpoint in folder; None where there is none at all.
 
@@ -121,8 +138,11 @@ def _committed(folder: Path) -> list[Path]:
 
 
 def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _fsync(path: Path) -> None:

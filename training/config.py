@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,13 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Spec(BaseModel):
     """A registered method and its options: `group` or `{name: group, clip: 5}`."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
     name: str
 
     @model_validator(mode="before")
@@ -44,7 +45,7 @@ class Reward(Spec):
 
 class Runtime(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     cpu_threads: Literal["auto"] | PositiveInt = "auto"
     attention: Literal["sdpa", "xformers"] = "sdpa"
 
@@ -193,14 +194,16 @@ class Config(_Section):
         if wrong:
             raise ValueError("\n".join(wrong))
         window, steps = self.rollout.window, self.rollout.num_inference_steps
-        if window and not 0 <= window.range[0] <= window.range[1] <= steps - window.size:
+        last = steps - 1 - (window.size if window else 0)  # the last step's tiny std would rule the loss
+        if window and not 0 <= window.range[0] <= window.range[1] <= last:
             raise ValueError(
                 f"rollout.window: starts {list(window.range)} with size {window.size} do not fit into "
-                f"rollout.num_inference_steps = {steps}; expected 0 <= first <= last <= {steps - window.size}"
+                f"rollout.num_inference_steps = {steps}; expected 0 <= first <= last <= {last} (the last step is never trained)"
             )
-        names = [r.name for r in self.rewards]
-        if len(set(names)) < len(names):
-            raise ValueError(f"rewards: a name occurs twice in {names}")
+        for key in ("rewards", "regularizers"):
+            names = [r.name for r in getattr(self, key)]
+            if len(set(names)) < len(names):
+                raise ValueError(f"{key}: a name occurs twice in {names}")
         return self
 
 
@@ -265,9 +268,17 @@ def _find(name: str | Path, folder: str, what: str) -> Path:
 
 def _read(path: Path) -> dict:
     try:
-        data = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text()
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ConfigError(f"{path} uses YAML aliases (*name), which can blow up; write the values out")
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if isinstance(data, dict) and not all(isinstance(key, str) for key in data):
+        wrong = next(key for key in data if not isinstance(key, str))
+        raise ConfigError(
+            f"{path}: key {wrong!r} is no text (YAML reads on, off, yes, no and numbers as values: quote it)"
+        )
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(data).__name__}")
     return data
@@ -324,4 +335,4 @@ def _explain(error: Any) -> str:
         return message
     if error["type"] == "missing":
         return f"{key}: required, but not there"
-    return f"{key}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {reprlib.repr(error['input'])}"  # YAML aliases can be huge

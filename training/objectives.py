@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from pydantic import PositiveFloat
 
 from diffgen.registry import register
+from diffgen.training.rollout import Evaluation
 
 
 @register("objective", "clipped", paper="2505.05470")
@@ -12,9 +14,10 @@ def clipped(
     logp: torch.Tensor,
     old_logp: torch.Tensor,
     advantage: torch.Tensor,
+    evaluation: Evaluation | None = None,
     *,
-    clip_range: float = 1e-4,
-    clip_range_high: float | None = None,
+    clip_range: PositiveFloat = 1e-4,
+    clip_range_high: PositiveFloat | None = None,
 ) -> torch.Tensor:
     """max(-A rho, -A clip(rho, 1 - c, 1 + c)), rho = exp(logp - old_logp) (PPO 1707.06347, Flow-GRPO).
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +34,12 @@ class _Chunk:
 class DiffusionPolicy:
     """A pipeline whose denoiser is trained, whole or by LoRA; everything else is frozen.
 
+    Fully fine-tuned weights are float32; where the pipeline's dtype is another, the denoiser runs under autocast to it.
+
     call: arguments of every pipeline call (height, width, max_sequence_length ...). Trainable parameters are float32.
     """
+
+    has = frozenset({"gaussian", "reference"})  # what methods may need of a policy
 
     def __init__(
         self, pipe, *, lora: Lora | None = None, call: dict | None = None, gradient_checkpointing: bool = False
@@ -42,6 +47,8 @@ class DiffusionPolicy:
         self.pipe, self.row, self.call = pipe, row_for(pipe), dict(call or {})
         self.modules: dict[str, Any] = dict(denoisers(pipe))
         self.lora = lora
+        dtype = next(next(iter(self.modules.values())).parameters()).dtype
+        self.autocast = dtype if lora is None and dtype != torch.float32 else None
         self._check_call()
         if lora is not None and not hasattr(pipe, "save_lora_weights"):
             raise ValueError(
@@ -102,6 +109,9 @@ class DiffusionPolicy:
             for key, p in module.named_parameters()
             if p.requires_grad
         }
+
+    def _precision(self):
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
     @property
     def device(self) -> torch.device:
@@ -168,6 +178,7 @@ class DiffusionPolicy:
                 share=share,
                 share_until=window[0],
             ) as opened,
+            self._precision(),
         ):
             images = to_uint8(self.pipe(**arguments)[0])
         if len(transitions) != len(opened.recorded):
@@ -190,7 +201,7 @@ class DiffusionPolicy:
         for first in range(0, len(prompts), batch_size):
             rows = slice(first, first + batch_size)
             rule, arguments = self._arguments(prompts[rows], guidance, seeds[rows], num_inference_steps)
-            with tap(self.pipe, rule, self.row, arguments):
+            with tap(self.pipe, rule, self.row, arguments), self._precision():
                 images.append(to_uint8(self.pipe(**arguments)[0]))
         return torch.cat(images)
 
@@ -228,11 +239,13 @@ class DiffusionPolicy:
         for i in actions.tolist():
             recorded, transition = chunk.recorded[i], chunk.transitions[i]
             select = slice(None) if rows is None else rows.to(transition.x.device)
-            step = transition.remake(recorded.replay(rows, grad_uncond=grad_uncond), select)
+            with self._precision():
+                out = recorded.replay(rows, grad_uncond=grad_uncond)
+            step = transition.remake(out, select)
             logps.append(samplers.log_prob(transition.x_next[select], step))
             steps.append(step)
             if reference:
-                with torch.no_grad(), self.reference():
+                with torch.no_grad(), self.reference(), self._precision():
                     references.append(transition.remake(recorded.replay(rows, grad_uncond=grad_uncond), select))
         return Evaluation(torch.stack(logps, 1), steps, references if reference else None)
 
@@ -267,13 +280,16 @@ class DiffusionPolicy:
             return
         from peft.utils import get_peft_model_state_dict
 
-        layers = {
-            f"{n}_lora_layers": get_peft_model_state_dict(m) for n, m in self.modules.items() if n != "transformer_2"
-        }
-        if "transformer_2" in self.modules:
-            layers["transformer_2_lora_layers"] = get_peft_model_state_dict(self.modules["transformer_2"])
-        metadata = {f"{n}_lora_adapter_metadata": m.peft_config["default"].to_dict() for n, m in self.modules.items()}
-        type(self.pipe).save_lora_weights(save_directory=folder, **layers, **metadata)
+        # a second expert's weights: load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)
+        for name, module in self.modules.items():
+            slot = "unet" if name == "unet" else "transformer"
+            type(self.pipe).save_lora_weights(
+                save_directory=folder if name == slot else Path(folder) / name,
+                **{
+                    f"{slot}_lora_layers": get_peft_model_state_dict(module),
+                    f"{slot}_lora_adapter_metadata": module.peft_config["default"].to_dict(),
+                },
+            )
 
 
 @contextlib.contextmanager
@@ -296,5 +312,10 @@ def _join(parts: list, inverse: torch.Tensor):
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Float [0, 1] -> uint8 by rounding, on the CPU."""
+    """Float [0, 1] -> uint8 by rounding, on the CPU. Raises FloatingPointError for NaN, which would become black."""
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise FloatingPointError(
+            f"the model's images {(~finite).nonzero().flatten().tolist()} are not finite: it has diverged"
+        )
     return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()

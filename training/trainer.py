@@ -55,7 +55,13 @@ class Trainer:
             _build(s, getattr(config, s)) for s in ("advantage", "select", "objective")
         )
         self.regularizers = {r.name: _build("regularizer", r) for r in config.regularizers}
-        needs = {n for r in config.regularizers for n in registry.get("regularizer", r.name).needs}
+        used = [(s, getattr(config, s).name) for s in ("advantage", "select", "objective")]
+        used += [("regularizer", r.name) for r in config.regularizers]
+        needs = {need for stage, name in used for need in registry.get(stage, name).needs}
+        if unknown := needs - self.policy.has:
+            raise ConfigError(
+                f"a method of this config needs {sorted(unknown)}; the policy has {sorted(self.policy.has)}"
+            )
         self.needs_reference = "reference" in needs
         if self.needs_reference:
             self.policy.keep_reference()
@@ -80,7 +86,7 @@ class Trainer:
             self.rewards, rollout.samples, rollout.prompts, rollout.columns, self.config.on_invalid_reward
         )
         scored = time.perf_counter()
-        advantage = combine(rollout.rewards, self._weights(rollout.rewards), rollout.group, self.advantage)
+        advantage = combine(rollout, self._weights(rollout.rewards), self.advantage)
         keep = self.select(advantage, rollout)
         metrics = self.learn(rollout, advantage, keep)
         for name, values in rollout.rewards.items():
@@ -156,9 +162,9 @@ class Trainer:
             mask = rollout.mask[rows][:, part].to(device)
             weight = advantage[rows]
             weight = (weight[:, part] if weight.ndim == 2 else weight[:, None].expand(-1, len(part))).to(device)
-            loss = self.objective(logp, old, weight)
+            loss = self.objective(logp, old, weight, evaluation)
             for regularizer in self.regularizers.values():
-                loss = loss + regularizer(evaluation)
+                loss = loss + regularizer(evaluation, rollout, rows)
             loss = (loss * mask).sum() / trained
             self.accelerator.backward(loss)
             ratio = torch.exp(logp.detach() - old)[mask]
@@ -185,7 +191,7 @@ class Trainer:
 
     def _clipped(self, ratio: torch.Tensor) -> float:
         """Share of ratios outside the objective's clip range; 0 for an objective without one."""
-        options = registry.get("objective", self.config.objective.name).options | self.objective.keywords
+        options = registry.get("objective", self.config.objective.name).options | self.config.objective.options
         low = options.get("clip_range")
         if low is None:
             return 0.0
@@ -243,6 +249,10 @@ class Trainer:
                 if last or self._stop is not None or (c.checkpoint.every and self.update % c.checkpoint.every == 0):
                     self.save(required=last or self._stop is not None)
             if self.update >= c.train.steps:
+                if self.failed_steps:
+                    raise RuntimeError(
+                        f"the last {self.failed_steps} gradient steps were not finite; nothing is exported"
+                    )
                 self.export(self.folder / "final")
         finally:
             bar.close()
@@ -281,8 +291,11 @@ class Trainer:
 
     def _log(self, metrics: dict[str, float], update: int) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # NaN is no JSON
-        with (self.folder / "log.jsonl").open("a") as stream:
-            stream.write(json.dumps({"update": update, **finite}) + "\n")
+        try:
+            with (self.folder / "log.jsonl").open("a") as stream:
+                stream.write(json.dumps({"update": update, **finite}) + "\n")
+        except OSError as error:  # a full disk; checkpoints decide whether the run can go on
+            warnings.warn(f"update {update} could not be logged: {error}", stacklevel=2)
         self.accelerator.log(metrics, step=update)
 
     def _summary(self, metrics: dict[str, float]) -> dict[str, str]:
@@ -294,6 +307,7 @@ class Trainer:
 
     def save(self, required: bool = False) -> None:
         """Commits a checkpoint. A failed save (disk full) is reported, and fatal when required or the third in a row."""
+        self._check_weights()
         names = list(self.params)
         optimizer, extra = checkpoint.flatten_optimizer(self.optimizer)
         tensors = {"model": {n: p.detach() for n, p in self.params.items()}, "optimizer": optimizer}
@@ -315,9 +329,12 @@ class Trainer:
         """Restores the newest intact checkpoint, or the one that config.checkpoint.resume names; and cuts the log there."""
         wanted = self.config.checkpoint.resume
         path = checkpoint.newest(self.folder / "checkpoints") if wanted == "auto" else Path(wanted)
+        if path is not None and wanted != "auto":
+            checkpoint.set_aside_after(self.folder / "checkpoints", checkpoint.step_of(path))
         log = self.folder / "log.jsonl"
         if path is None:
-            log.unlink(missing_ok=True)
+            if log.is_file():  # of a run that ended before its first checkpoint
+                os.replace(log, log.with_suffix(".before.jsonl"))
             return
         tensors, state = checkpoint.load(path)
         self._check_same_run(state["config"], path)
@@ -339,6 +356,14 @@ class Trainer:
             cut.write_text("".join(line + "\n" for line in lines))
             os.replace(cut, log)
         self._say(f"resuming {path} at update {self.update}")
+
+    def _check_weights(self) -> None:
+        wrong = [n for n, p in self.params.items() if not p.isfinite().all()]
+        if wrong:
+            raise FloatingPointError(
+                f"update {self.update}: {len(wrong)} parameters are not finite ({wrong[0]} first): the run has diverged; the "
+                "last checkpoint is from before (a lower optimizer.lr?)"
+            )
 
     def export(self, folder: Path) -> None:
         """Writes the trained weights (EMA where there is one) under a temporary name, then renames."""
@@ -438,6 +463,13 @@ def _update_of(line: str) -> float:
         return math.inf  # a line cut short by a kill
 
 
+def _check_tracker(name: str) -> None:
+    import importlib.util
+
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ConfigError(f"logging.tracker: {name} is not installed; pip install {name}, or set logging.tracker=none")
+
+
 def _accelerator(config: Config):
     from accelerate import Accelerator
 
@@ -449,6 +481,7 @@ def _accelerator(config: Config):
         threads = config.runtime.cpu_threads
         # two threads gain 1.2x on an idle machine of two cores and lose 10x on a busy one
         torch.set_num_threads((1 if cores <= 4 else cores // 2) if threads == "auto" else threads)
+    _check_tracker(config.logging.tracker)
     tracker = None if config.logging.tracker == "none" else config.logging.tracker
     accelerator = Accelerator(cpu=cpu, log_with=tracker, project_dir=config.output_dir)
     if accelerator.num_processes > 1:

@@ -15,6 +15,12 @@ def red(samples, prompts, *, sign: float = 1.0, **columns):
     return sign * (x[:, 0] - x[:, 1:].mean(1))
 
 
+@register("reward", "test_first_frame")
+def first_frame(samples, prompts, **columns):
+    """Brightness of a video's first frame."""
+    return samples[:, 0].float().mean((1, 2, 3)) / 255
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     """saved(name, **variants) -> folder of that tiny pipeline."""
@@ -124,7 +130,7 @@ def _two_rewards(samples, prompts, **columns):
 
 
 @register("objective", "test_nan")
-def _nan_objective(logp, old_logp, advantage):
+def _nan_objective(logp, old_logp, advantage, evaluation):
     """NaN."""
     return logp * torch.nan
 

@@ -1,13 +1,22 @@
 """Group advantages. Oracles: methods/flow_grpo.md section 2, and torch.std."""
 
+import functools
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from diffgen.training.advantages import combine, group_mean, group_std
-from diffgen.training.advantages import group as advantage
+from diffgen.training.advantages import group as grouped
 
 REWARDS = torch.tensor([1.0, 0, 0, 1, 0.5, 0.5, 0.5, 0.5])
 GROUP = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+
+
+def advantage(rewards, group, **options):
+    """As the trainer computes it."""
+    rollout = SimpleNamespace(group=group, rewards={"r": rewards})
+    return combine(rollout, {"r": 1.0}, functools.partial(grouped, **options))
 
 
 def test_the_group_std_gives_flow_grpos_numbers():
@@ -95,6 +104,20 @@ def test_each_reward_is_normalised_by_itself_before_weights_apply():
     """So the scale of one reward can't drown another; and a weighted sum of raw rewards is something else."""
     generator = torch.Generator().manual_seed(3)
     a, b = torch.rand(8, generator=generator), 1000 * torch.rand(8, generator=generator)
-    got = combine({"a": a, "b": b}, {"a": 1.0, "b": 0.5}, GROUP, advantage)
+    got = combine(SimpleNamespace(group=GROUP, rewards={"a": a, "b": b}), {"a": 1.0, "b": 0.5}, grouped)
     torch.testing.assert_close(got, advantage(a, GROUP) + 0.5 * advantage(b, GROUP))
     assert (got - advantage(a + 0.5 * b, GROUP)).abs().max() > 0.1
+
+
+def test_any_advantage_gets_zero_where_a_reward_is_nan_or_equal_in_its_group():
+    """A new advantage function needn't know: combine sees to it."""
+
+    def leave_one_out(rewards, group, rollout=None):
+        return rewards - group_mean(rewards, group).float() + 1
+
+    rollout = SimpleNamespace(
+        group=torch.tensor([0, 0, 0, 1, 1, 2, 2]),
+        rewards={"r": torch.tensor([1.0, 0.0, torch.nan, 0.3, 0.3, 1.0, torch.nan])},
+    )
+    got = combine(rollout, {"r": 2.0}, leave_one_out)
+    assert got.tolist() == [3.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]

@@ -368,7 +368,8 @@ def test_a_folder_whose_checkpoints_are_all_damaged_is_an_error_and_not_a_fresh_
     for step in (1, 2):
         path = checkpoint.save(tmp_path, step, {"model": {"w": torch.ones(2)}}, {"update": step}, keep=2)
         (path / "model.safetensors").write_bytes(b"cut")
-    with pytest.warns(UserWarning, match="trying the one before"), pytest.raises(
-        checkpoint.CheckpointError, match="every checkpoint in .* is damaged"
+    with (
+        pytest.warns(UserWarning, match="trying the one before"),
+        pytest.raises(checkpoint.CheckpointError, match=r"every checkpoint in .* is damaged"),
     ):
         checkpoint.newest(tmp_path)

@@ -58,7 +58,7 @@ def merged(extra):
         ({"rollout": {"group_size": 1}}, ["rollout.group_size: ", "greater than or equal to 2", "got 1"]),
         ({"rollout": {"noise_level": 0}}, ["rollout.noise_level: ", "greater than 0"]),
         ({"rollout": {"num_inference_steps": 5, "window": {"size": 3, "range": [0, 3]}}},
-         ["rollout.window: ", "[0, 3] with size 3", "num_inference_steps = 5", "last <= 2"]),
+         ["rollout.window: ", "[0, 3] with size 3", "num_inference_steps = 5", "last <= 1 (the last step is never trained)"]),
         ({"rollout": {"num_inference_steps": 5, "window": {"size": 3, "range": [2, 1]}}},
          ["rollout.window: ", "first <= last"]),
         ({"rollout": {"num_inference_steps": 5, "window": {"size": 6}}}, ["rollout.window: ", "size 6"]),
@@ -219,7 +219,7 @@ import torch
 from diffgen.registry import register
 
 @register("advantage", "{name}")
-def mine(rewards, group, *, factor: float = 1.0):
+def mine(rewards, group, rollout, *, factor: float = 1.0):
     """Rewards themselves."""
     return factor * rewards
 '''
@@ -229,7 +229,7 @@ def test_a_plugins_method_is_used_by_its_name(trainer, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(PLUGIN.format(name="test_plugin"))
     run = trainer(plugins=[str(file)], advantage={"name": "test_plugin", "factor": 2})
-    assert torch.equal(run.advantage(torch.tensor([1.0, 3.0]), None), torch.tensor([2.0, 6.0]))
+    assert torch.equal(run.advantage(torch.tensor([1.0, 3.0]), None, None), torch.tensor([2.0, 6.0]))
     run.fit()
     with pytest.raises(ConfigError, match=r"advantage 'test_plugin' has no option 'fctor': did you mean 'factor'"):
         load_config(merged({"plugins": [str(file)], "advantage": {"name": "test_plugin", "fctor": 2}}))

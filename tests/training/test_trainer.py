@@ -95,7 +95,7 @@ def test_training_moves_the_evaluation_reward_the_way_it_is_asked_to(name, first
             rewards=[{"name": "test_red", "sign": sign}],
             rollout={
                 "prompts_per_update": 4, "group_size": 8, "num_inference_steps": 4, "noise_level": 1.0,
-                "window": {"size": 2, "range": [first, first + 1]}, "call": call_kwargs(name),
+                "window": {"size": 2, "range": [first, 1]}, "call": call_kwargs(name),
             },
             train={"steps": 20},
             evaluation={"every": 20, "n": 16},
@@ -357,3 +357,67 @@ def test_the_public_names_are_there():
         assert inspect.isclass(getattr(t, name)) or callable(getattr(t, name))
     with pytest.raises(AttributeError, match="Trainr"):
         t.Trainr  # noqa: B018
+
+
+def test_a_second_run_in_one_output_folder_is_refused(trainer):
+    from filelock import FileLock
+
+    from diffgen.training import ConfigError
+
+    run = trainer()
+    with FileLock(run.folder / ".lock"), pytest.raises(ConfigError, match="another run is at work in"):
+        run.fit()
+    run.fit()
+
+
+def test_a_data_column_named_as_an_option_of_a_reward_is_refused(trainer, tmp_path):
+    from diffgen.training.rewards.score import RewardError
+
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a red circle", "sign": 1}\n')
+    data = {"prompts": str(file), "eval_prompts": str(file)}
+    with pytest.raises(RewardError, match=r"'test_red': \['sign'\] is .* option"):
+        trainer(data=data, rewards=[{"name": "test_red", "sign": -1.0}]).fit()
+
+
+def test_full_fine_tuning_of_a_bfloat16_pipeline_trains_float32_weights(trainer):
+    run = trainer(lora=None, runtime={"dtype": "bfloat16"}, optimizer={"name": "adamw", "lr": 1e-3})
+    assert {p.dtype for p in run.params.values()} == {torch.float32}
+    before = [p.detach().clone() for p in run.params.values()]
+    run.step()
+    metrics = run.step()
+    assert metrics["ratio/mean"] == pytest.approx(1, abs=1e-6)
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.params.values()))
+
+
+def test_both_experts_of_a_pipeline_get_loras_that_stock_diffusers_loads(trainer, saved):
+    import diffgen
+
+    run = trainer("WanPipeline", {"two_experts": True}, rewards=["test_first_frame"])
+    run.fit()
+    stock = diffgen.load(saved("WanPipeline", two_experts=True))
+    stock.load_lora_weights(run.folder / "final")
+    stock.load_lora_weights(run.folder / "final" / "transformer_2", load_into_transformer_2=True)
+    for name in ("transformer", "transformer_2"):
+        keys = [k for k in getattr(stock, name).state_dict() if "lora_B" in k]
+        assert keys
+        trained = run.policy.modules[name].state_dict()
+        assert {k.rsplit(".lora_B", 1)[0] for k in keys} == {
+            k.rsplit(".lora_B", 1)[0] for k in trained if "lora_B" in k
+        }
+
+
+def test_what_a_method_needs_is_asked_of_the_policy(trainer):
+    from diffgen.training import ConfigError, register
+
+    @register("objective", "test_needs_reference", needs={"reference"})
+    def objective(logp, old_logp, advantage, evaluation=None):
+        return -(logp - old_logp) * advantage + 0 * torch.stack([s.mean.mean() for s in evaluation.reference])
+
+    @register("objective", "test_needs_tokens", needs={"tokens"})
+    def other(logp, old_logp, advantage, evaluation=None):
+        return -logp
+
+    trainer(objective="test_needs_reference").fit()
+    with pytest.raises(ConfigError, match=r"needs \['tokens'\]; the policy has \['gaussian', 'reference'\]"):
+        trainer(objective="test_needs_tokens")

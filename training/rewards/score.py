@@ -28,7 +28,9 @@ def score(
                 f"reward {name!r}: {sorted(taken)} is an option of it and a column of the data; rename the column"
             )
         try:
-            result = reward(samples, prompts, **columns)
+            # copies: what a reward does to its inputs is nobody else's business
+            mine = samples.clone() if isinstance(samples, torch.Tensor) else list(samples)
+            result = reward(mine, list(prompts), **{k: list(v) for k, v in columns.items()})
         except Exception as error:
             raise RewardError(
                 f"reward {name!r} raised {type(error).__name__}: {error} (batch of {len(prompts)}, first prompt "
