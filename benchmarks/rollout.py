@@ -1,19 +1,19 @@
 """Rollout and training step against a plain diffusers loop and against sampling alone: python -m benchmarks.rollout.
 
 Rows do equal work unless they say otherwise; variants run interleaved in one process, ratios are of medians. Denoiser rows
-are counted, peak memory is each variant's own process (ru_maxrss).
+are counted inside the model, peak memory is that of a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -39,10 +39,10 @@ class Work:
         self.group = torch.arange(groups).repeat_interleave(k)
         self.advantage = torch.randn(groups * k, generator=torch.Generator().manual_seed(0))
         self.rows = 0
-        self.pipe.transformer.register_forward_hook(self._count, with_kwargs=True)
+        self.pipe.transformer.proj_out.register_forward_hook(self._count)  # inside: what is really evaluated
 
-    def _count(self, module, args, kwargs, output):
-        self.rows += len(output[0])
+    def _count(self, module, args, output):
+        self.rows += len(output)
 
     def generators(self):
         return [torch.Generator().manual_seed(i) for i in range(len(self.prompts))]
@@ -116,7 +116,7 @@ class Work:
         context, pooled, latents = rollout
         t = timesteps[i].expand(self.k)
         v = self.pipe.transformer(
-            latents[i], t, encoder_hidden_states=context, pooled_projections=pooled, return_dict=False
+            latents[i], timestep=t, encoder_hidden_states=context, pooled_projections=pooled, return_dict=False
         )[0]
         now, nxt = Level.flow(sigmas[i]), Level.flow(sigmas[i + 1])
         step = samplers.flow_sde(v, latents[i], now, nxt, sigma_max=sigmas[1])
@@ -157,9 +157,17 @@ def memory(variant: str, groups: int, k: int) -> float:
 def child(variant: str, groups: int, k: int) -> None:
     torch.set_num_threads(1)
     work = Work(groups, k)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work.stock()  # buffers that any use allocates
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (Linux)
+    before = _peak()
     getattr(work, variant)()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(_peak() - before)
+
+
+def _peak() -> float:
+    """High-water mark of resident memory, MB."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:

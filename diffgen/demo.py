@@ -100,8 +100,8 @@ def judge_section(before, after, n: int) -> Section:
         rows,
         note=f"Intervals are 95%: Wilson for the share verified, 1.96 bootstrap standard deviations otherwise. Fréchet "
         f"distance to {fd.m} ground-truth renders of held-out scenes, features {fd.extractor}; two samples of the same "
-        f"distribution would have {fd.floor['plug_in']:.3g} (plug-in){split}. Reinforcement learning raises what its reward sees; the Fréchet "
-        f"distance and the diversity show what that cost elsewhere.",
+        f"distribution would have {fd.floor['plug_in']:.3g} (plug-in){split}. Reinforcement learning raises what "
+        f"its reward sees; the Fréchet distance and the diversity show what that cost elsewhere.",
     )
 
 

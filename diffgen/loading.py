@@ -50,7 +50,7 @@ def load(model: str, *, dtype=None, device=None, trust_remote_code: bool = False
             **absent,
         )
     except Exception as error:  # a damaged file raises whatever its reader does
-        raise ValueError(f"{path} could not be loaded: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} could not be loaded: {type(error).__name__}: {error}") from error
     for name, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
             missing = [key for key, p in module.named_parameters() if p.is_meta or not p.isfinite().all()]

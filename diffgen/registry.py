@@ -124,7 +124,7 @@ def _checked(method: Method, option: str, value: Any) -> Any:
     from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
     try:
-        hint = typing.get_type_hints(method.function)[option]
+        hint = typing.get_type_hints(method.function, include_extras=True)[option]
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
     except (KeyError, NameError, TypeError, PydanticUserError):  # not annotated, or by what only a type checker knows
         return value

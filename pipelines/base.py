@@ -24,11 +24,8 @@ class Guidance:
 
     def __post_init__(self):
         number = isinstance(self.scale, numbers.Real) and not isinstance(self.scale, bool)
-        if not number or not math.isfinite(self.scale) or self.scale < 1:
-            raise ValueError(
-                f"{type(self).__name__}.scale must be a finite number >= 1 (1: conditional only; pipelines run no CFG below), "
-                f"got {self.scale!r}"
-            )
+        if not number or not math.isfinite(self.scale) or self.scale < 0:
+            raise ValueError(f"{type(self).__name__}.scale must be a finite number >= 0, got {self.scale!r}")
 
     def wants_uncond(self, step: StepInfo) -> torch.Tensor | bool:
         return True

@@ -164,6 +164,10 @@ def apply_rule(row: Row, rule: Guidance | None, arguments: dict) -> tuple[Guidan
         raise ValueError("guidance_scale_2 (another scale for the second expert) is not supported under guide()")
     if arguments.get(row.scale) is not None:
         rule = rule.with_scale(arguments[row.scale] + row.scale_offset)
+    if rule.scale < 1:
+        raise ValueError(
+            f"scale {rule.scale:g}: pipelines run no CFG below 1 (1: conditional only), so it would be ignored"
+        )
     arguments[row.scale] = rule.scale - row.scale_offset
     if (
         row.needs_negative

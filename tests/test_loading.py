@@ -175,7 +175,7 @@ def test_a_pickle_is_refused_and_not_run(folders, tmp_path):
     ):
         diffgen.load(model)
     (model / "transformer" / "other.safetensors").write_text("")  # its presence makes no pickle safe
-    with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model.safetensors"):
+    with pytest.raises(ValueError, match=r"no file named diffusion_pytorch_model.safetensors"):
         diffgen.load(model)
     assert not (tmp_path / "marker").exists()
 
@@ -231,3 +231,23 @@ def test_the_embedded_world_loads_and_draws():
     images = pipe(["a red circle", "three blue squares"], num_inference_steps=2, output_type="pt")[0]
     assert images.shape == (2, 3, 32, 32)
     assert images.isfinite().all()
+
+
+def test_a_shard_index_that_names_anything_but_safetensors_is_refused(tmp_path):
+    tiny_pipeline("StableDiffusionPipeline").save_pretrained(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save({"x": torch.zeros(1)}, tmp_path / "unet" / "w.bin")
+    index = {"metadata": {}, "weight_map": {"x": "w.bin"}}
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    weights.rename(tmp_path / "unet" / "other.safetensors")
+    with pytest.raises(ValueError, match=r"names 'w.bin'; only safetensors"):
+        diffgen.load(tmp_path)
+
+
+def test_weights_that_are_missing_from_the_file_are_named(tmp_path):
+    from safetensors.torch import save_file
+
+    tiny_pipeline("StableDiffusionPipeline").save_pretrained(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match=r"unet"):
+        diffgen.load(tmp_path)

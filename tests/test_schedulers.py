@@ -33,9 +33,12 @@ class Messages(logging.Handler):
 @pytest.fixture
 def messages():
     handler, logger = Messages(), logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # another test may have made it quiet
     logger.addHandler(handler)
     yield handler.texts
     logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 def walk(scheduler, n=4, dtype=torch.float32, **step):

@@ -329,8 +329,6 @@ class Trainer:
         """Restores the newest intact checkpoint, or the one that config.checkpoint.resume names; and cuts the log there."""
         wanted = self.config.checkpoint.resume
         path = checkpoint.newest(self.folder / "checkpoints") if wanted == "auto" else Path(wanted)
-        if path is not None and wanted != "auto":
-            checkpoint.set_aside_after(self.folder / "checkpoints", checkpoint.step_of(path))
         log = self.folder / "log.jsonl"
         if path is None:
             if log.is_file():  # of a run that ended before its first checkpoint
@@ -342,6 +340,8 @@ class Trainer:
             raise checkpoint.CheckpointError(
                 f"{path} holds other parameters than this run trains (lora, target_modules?)"
             )
+        if wanted != "auto":
+            checkpoint.set_aside_after(self.folder / "checkpoints", state["update"])
         for name, parameter in self.params.items():
             parameter.data.copy_(tensors["model"][name])
         checkpoint.restore_optimizer(self.optimizer, tensors["optimizer"], state["optimizer"])

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusion3Pipeline,
 
 from diffgen.pipelines import APG, CFG, guide
 from diffgen.pipelines.base import Guidance
+from diffgen.tiny import call_kwargs, tiny_pipeline
 
 quiet = pytest.mark.filterwarnings("ignore:.*guidance-distilled")
 
@@ -233,3 +234,23 @@ def test_the_base_class_guides_nothing_and_wants_all():
         Guidance()(None, None, None)
     assert Guidance().wants_uncond(None) is True
     assert APG(4.0, eta=0.3).with_scale(2.0) == APG(2.0, eta=0.3)
+
+
+def test_a_pipeline_that_never_ran_cfg_says_so_and_does_not_ignore_the_rule():
+    """Embedded guidance under the name guidance_scale, in a class that the table does not know."""
+    from diffusers import FluxPipeline
+
+    pipe = tiny_pipeline("FluxPipeline", guidance_embeds=True)
+    pipe.__class__ = type("MyFlux", FluxPipeline.__mro__[1:], {"__call__": _embedded_only})
+    with pytest.raises(ValueError, match=r"guidance-distilled .* has no true_cfg_scale"):
+        guide(pipe, CFG(4.0))
+
+
+def _embedded_only(self, prompt=None, guidance_scale=3.5):
+    raise AssertionError("never called")
+
+
+def test_a_scale_below_one_is_refused_because_pipelines_would_ignore_it():
+    pipe = tiny_pipeline("StableDiffusionPipeline")
+    with guide(pipe, CFG(0.5)), pytest.raises(ValueError, match=r"scale 0.5: pipelines run no CFG below 1"):
+        pipe("a red circle", num_inference_steps=1, output_type="latent", **call_kwargs("StableDiffusionPipeline"))

@@ -274,3 +274,36 @@ print([m for m in ("diffusers", "transformers", "peft", "accelerate") if m in sy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_yaml_aliases_which_can_blow_up_are_refused_at_once(tmp_path):
+    bomb = tmp_path / "bomb.yaml"
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi")]
+    bomb.write_text("\n".join([*lines, "model: *i"]))
+    with pytest.raises(ConfigError, match="uses YAML aliases"):
+        load_config(bomb)
+
+
+def test_yaml_keys_that_are_no_text_are_named(tmp_path):
+    file = tmp_path / "on.yaml"
+    file.write_text("on: 1\n")
+    with pytest.raises(ConfigError, match=r"key True is no text"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"optimizer": {"name": "adamw", "lr": float("nan")}}, "'lr'"),
+        ({"optimizer": {"name": "adamw", "lr": -1}}, "'lr'"),
+        ({"objective": {"name": "clipped", "clip_range": -1}}, "'clip_range'"),
+        ({"advantage": {"name": "group", "clip": float("inf")}}, "'clip'"),
+        ({"regularizers": {"name": "kl", "coef": -0.1}}, "'coef'"),
+        ({"regularizers": ["kl", "kl"]}, "regularizers: a name occurs twice"),
+        ({"lora": {"alpha": float("inf")}}, "lora.alpha"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_before_any_model_is_loaded(change, part):
+    with pytest.raises(ConfigError, match=part):
+        load_config(merged(change))

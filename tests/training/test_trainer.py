@@ -76,16 +76,16 @@ def test_stock_diffusers_loads_the_fully_fine_tuned_pipeline(name, variants, tra
 
 
 @pytest.mark.parametrize(
-    ("name", "first", "options"),
+    ("name", "first", "steps", "options"),
     [
-        ("StableDiffusion3Pipeline", 0, {"lora": None, "optimizer": {"lr": 3e-3}}),
-        ("FluxPipeline", 0, {"lora": {"rank": 8, "alpha": 16}, "optimizer": {"lr": 0.02}}),
-        ("StableDiffusionPipeline", 1, {"lora": None, "optimizer": {"lr": 1e-3}}),
+        ("StableDiffusion3Pipeline", 0, 20, {"lora": None, "optimizer": {"lr": 3e-3}}),
+        ("FluxPipeline", 0, 20, {"lora": {"rank": 8, "alpha": 16}, "optimizer": {"lr": 0.02}}),
+        ("StableDiffusionPipeline", 1, 50, {"lora": None, "optimizer": {"lr": 2e-3}}),
     ],
     ids=["sd3-full", "flux-lora", "sd-full"],
 )
-def test_training_moves_the_evaluation_reward_the_way_it_is_asked_to(name, first, options, trainer, tmp_path):
-    """20 updates of 32 samples; the spread of the reward between samples of the base model is the yardstick."""
+def test_training_moves_the_evaluation_reward_the_way_it_is_asked_to(name, first, steps, options, trainer, tmp_path):
+    """Updates of 32 samples; the spread of the reward between samples of the base model is the yardstick."""
     change = {}
     for sign in (1.0, -1.0):
         run = trainer(
@@ -95,17 +95,17 @@ def test_training_moves_the_evaluation_reward_the_way_it_is_asked_to(name, first
             rewards=[{"name": "test_red", "sign": sign}],
             rollout={
                 "prompts_per_update": 4, "group_size": 8, "num_inference_steps": 4, "noise_level": 1.0,
-                "window": {"size": 2, "range": [first, 1]}, "call": call_kwargs(name),
+                "window": {"size": 2, "range": [first, max(first, 1)]}, "call": call_kwargs(name),
             },
-            train={"steps": 20},
-            evaluation={"every": 20, "n": 16},
+            train={"steps": steps},
+            evaluation={"every": steps, "n": 16},
             checkpoint={"every": 0},
         )  # fmt: skip
         images = run.draw(["a red circle"] * 32).float().mean((2, 3)) / 255
         spread = (images[:, 0] - images[:, 1:].mean(1)).std().item()
         run.fit()
         log = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-        assert [line["update"] for line in log] == list(range(21))
+        assert [line["update"] for line in log] == list(range(steps + 1))
         change[sign] = sign * (log[-1]["eval/test_red"] - log[0]["eval/test_red"])
     assert change[1.0] > spread
     assert change[-1.0] < -spread
@@ -206,8 +206,12 @@ def test_evaluation_uses_the_ema_weights_and_gives_the_trained_ones_back(trainer
 def test_a_loss_that_is_not_finite_leaves_the_weights_alone(trainer):
     run = trainer(objective="test_nan", train={"steps": 1})
     before = {k: p.detach().clone() for k, p in run.params.items()}
-    with pytest.warns(UserWarning, match="update 0: loss or gradient is not finite"):
+    with (
+        pytest.warns(UserWarning, match="update 0: loss or gradient is not finite"),
+        pytest.raises(RuntimeError, match=r"last 1 gradient steps were not finite; nothing is exported"),
+    ):
         run.fit()
+    assert not (run.folder / "final").exists()
     assert all(torch.equal(p, before[k]) for k, p in run.params.items())
 
 
@@ -421,3 +425,41 @@ def test_what_a_method_needs_is_asked_of_the_policy(trainer):
     trainer(objective="test_needs_reference").fit()
     with pytest.raises(ConfigError, match=r"needs \['tokens'\]; the policy has \['gaussian', 'reference'\]"):
         trainer(objective="test_needs_tokens")
+
+
+def test_a_model_that_diverged_ends_the_run_and_is_not_exported(trainer):
+    run = trainer(lora=None, optimizer={"name": "adamw", "lr": 1e30}, train={"steps": 4})
+    with pytest.raises(FloatingPointError, match="not finite"):
+        run.fit()
+    assert not (run.folder / "final").exists()
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_newer_ones_aside(trainer):
+    run = trainer(train={"steps": 4}, checkpoint={"every": 1, "keep": 4})
+    run.fit()
+    old = run.folder / "checkpoints" / "step-000002"
+    branch = trainer(train={"steps": 3}, checkpoint={"every": 1, "keep": 2, "resume": str(old)})
+    branch.fit()
+    kept = sorted(p.name for p in (run.folder / "checkpoints").iterdir())
+    assert kept == ["abandoned-step-000003", "abandoned-step-000004", "step-000002", "step-000003"]
+    again = trainer(train={"steps": 3})
+    again.resume()
+    assert again.update == 3
+    assert all(torch.equal(p, branch.params[k]) for k, p in again.params.items())
+
+
+def test_what_a_reward_does_to_its_inputs_stays_with_it(trainer):
+    from diffgen.training.rewards.score import score
+
+    samples, prompts = torch.ones(2, 3, 4, 4, dtype=torch.uint8), ["a", "b"]
+
+    def spoil(samples, prompts, **columns):
+        samples.zero_()
+        prompts.clear()
+        return torch.ones(2)
+
+    def look(samples, prompts, **columns):
+        return samples.float().mean((1, 2, 3)) + len(prompts)
+
+    assert score({"spoil": spoil, "look": look}, samples, prompts, {})["look"].tolist() == [3.0, 3.0]
+    assert prompts == ["a", "b"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ def score(
             )
         try:
             # copies: what a reward does to its inputs is nobody else's business
-            mine = samples.clone() if isinstance(samples, torch.Tensor) else list(samples)
+            mine = samples.clone() if isinstance(samples, torch.Tensor) else copy.copy(samples)
             result = reward(mine, list(prompts), **{k: list(v) for k, v in columns.items()})
         except Exception as error:
             raise RewardError(
