@@ -19,11 +19,14 @@ def load(model: str, *, dtype=None, device=None, trust_remote_code: bool = False
     """Pipeline of an embedded world ("shapes"), a folder with model_index.json, or a hub id.
 
     A world's pipeline is the stock class whose call has the world's defaults (steps, guidance scale, text length).
-    dtype: torch dtype of all components (default float32). Components that were saved as None stay None. Classes outside
-    diffusers, transformers and diffgen are refused unless trust_remote_code. Raises FileNotFoundError or ValueError.
+    dtype: torch dtype, or its name, of all components (default float32). Components that were saved as None stay None.
+    Classes outside diffusers, transformers and diffgen are refused unless trust_remote_code. Raises FileNotFoundError or
+    ValueError.
     """
     import torch
 
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
     if quiet:
         _quiet()
     world = WORLDS.get(str(model))

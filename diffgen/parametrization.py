@@ -114,6 +114,10 @@ def noise_level(scheduler, timestep) -> Level:
     the model sees it (`scale_model_input`), which makes it VP.
     """
     if getattr(scheduler, "sigmas", None) is None:
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"{type(scheduler).__name__} has neither sigmas nor alphas_cumprod, so its noise level is unknown"
+            )
         alpha_bar = float(scheduler.alphas_cumprod[int(timestep)])
         return Level(alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
     index = scheduler.step_index

@@ -90,9 +90,12 @@ def get(stage: str, name: str) -> Method:
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
-            return Method(name, stage, getattr(importlib.import_module(module), attribute))
-        except (ImportError, AttributeError) as error:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"{stage} {name!r} could not be imported: {error}") from error
+        if not callable(found):
+            raise ValueError(f"{stage} {name!r} is a {type(found).__name__}, not a function")
+        return Method(name, stage, found)
     known = {m.name: m for m in methods(stage)}
     if name not in known:
         raise ValueError(f"{stage} {name!r} is unknown: {nearest(name, known)}")

@@ -107,7 +107,8 @@ def verify(path: Path) -> None:
 def load(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
     """(tensors by file, state) of a committed checkpoint."""
     verify(path)
-    tensors = {f.stem: load_file(f) for f in path.glob("*.safetensors")}
+    files = json.loads((path / COMMIT).read_text())["files"]
+    tensors = {Path(f).stem: load_file(path / f) for f in files if f.endswith(".safetensors")}
     return tensors, json.loads((path / "state.json").read_text())
 
 

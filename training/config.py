@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
@@ -87,7 +87,7 @@ class Lora(_Section):
     rank: int = Field(32, ge=1)
     alpha: float = Field(64, gt=0)
     init: Literal["gaussian", "default"] = "gaussian"
-    target_modules: list[str] = [
+    target_modules: Annotated[list[str], Field(min_length=1)] = [
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
     ]  # fmt: skip
 

@@ -27,7 +27,10 @@ class Prompts:
         self.split = split or "train"
         self.rows = [] if self.world else _read(Path(source), field)
         if self.world:
-            self.world.prompts(1, 0, self.split)  # an unknown split fails now
+            try:
+                self.world.prompts(1, 0, self.split)
+            except ValueError as error:
+                raise DataError(f"{field}: {error}") from None
 
     def draw(self, n: int, seed: int, update: int) -> list[dict]:
         """n rows for an update. A file is passed through epoch by epoch, each in its own order."""

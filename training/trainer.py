@@ -459,7 +459,7 @@ def _different(a: Any, b: Any, key: str = "") -> list[str]:
 def _update_of(line: str) -> float:
     try:
         return json.loads(line)["update"]
-    except (json.JSONDecodeError, KeyError):
+    except (json.JSONDecodeError, KeyError, TypeError):
         return math.inf  # a line cut short by a kill
 
 

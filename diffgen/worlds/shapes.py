@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffgen.names import nearest
+
 SIZE = 32
 BACKGROUND = (18, 18, 24)
 COLORS = {  # no white: its anti-aliased edge would be nearest to purple
@@ -88,7 +90,9 @@ def scenes(split: str = "train", family: str | None = None) -> list[Scene]:
         "held_out": HELD_OUT_PAIRS,
     }.get(split)
     if pairs is None:
-        raise ValueError(f"split {split!r} is unknown; expected 'train', 'held_out' or 'all'")
+        raise ValueError(
+            f"split {split!r} of the world 'shapes' is unknown: {nearest(split, ['train', 'held_out', 'all'])}"
+        )
     found = [Scene((p,)) for p in pairs]
     found += [Scene((p,) * n) for n in NUMBERS.values() for p in pairs]
     found += [Scene((p, q), r) for r in RELATIONS for p in pairs for q in pairs if p != q]
