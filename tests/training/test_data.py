@@ -48,7 +48,7 @@ def test_a_source_that_is_neither_world_nor_file_is_named(source):
 
 
 def test_an_unknown_split_of_a_world_is_named():
-    with pytest.raises(ValueError, match=r"split 'heldout' is unknown; expected 'train', 'held_out' or 'all'"):
+    with pytest.raises(ValueError, match=r"split 'heldout' of the world 'shapes' is unknown: did you mean 'held_out'"):
         Prompts("shapes:heldout")
 
 
