@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -85,13 +86,18 @@ def sample(
 def evaluate_command(
     generated: Annotated[str, typer.Argument(help="Folder of images.")],
     reference: Annotated[str | None, typer.Option("--reference", "-r", help="Folder of reference images.")] = None,
-    metrics: Annotated[str, typer.Option("--metrics", "-m", help="Comma-separated.")] = "fd,pairwise,vendi",
+    metrics: Annotated[
+        Optional[str], typer.Option("--metrics", "-m", help="Comma-separated; default: fd (with -r), pairwise, vendi.")
+    ] = None,
     as_json: AsJson = False,
 ):
     """Metrics of a set of images, with 95% intervals."""
     from diffgen.eval import evaluate
 
-    result = evaluate(generated, reference, metrics=[m.strip() for m in metrics.split(",")])
+    names = metrics or ("fd,pairwise,vendi" if reference else "pairwise,vendi")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # they stand under the table
+        result = evaluate(generated, reference, metrics=[m.strip() for m in names.split(",")])
     typer.echo(result.to_json() if as_json else result.table())
 
 
@@ -111,13 +117,15 @@ def methods(stage: Annotated[str | None, typer.Argument(help="Only this stage.")
         typer.echo(json.dumps(rows, indent=1, default=str))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("stage", "name", "paper", "what it does", "options and defaults")
     for row in rows:
         options = ", ".join(f"{k}={v}" for k, v in row["options"].items())
-        table.add_row(row["stage"], row["name"], row["paper"], row["summary"], options)
-    Console().print(table)
+        table.add_row(*(escape(cell) for cell in (row["stage"], row["name"], row["paper"], row["summary"], options)))
+    console = Console()
+    Console(width=max(console.width, 150)).print(table)
 
 
 @app.command()

@@ -431,7 +431,9 @@ class Trainer:
             if self._stop is not None:
                 raise KeyboardInterrupt
             self._stop = number
-            self._say("stopping after this update (again to stop at once)")
+            self._say(
+                "stopping after this update, with a checkpoint (again: at once, and what came since the last one is lost)"
+            )
 
         return {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
 
