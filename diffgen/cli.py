@@ -87,7 +87,7 @@ def evaluate_command(
     generated: Annotated[str, typer.Argument(help="Folder of images.")],
     reference: Annotated[str | None, typer.Option("--reference", "-r", help="Folder of reference images.")] = None,
     metrics: Annotated[
-        Optional[str], typer.Option("--metrics", "-m", help="Comma-separated; default: fd (with -r), pairwise, vendi.")
+        str | None, typer.Option("--metrics", "-m", help="Comma-separated; default: fd (with -r), pairwise, vendi.")
     ] = None,
     as_json: AsJson = False,
 ):
