@@ -194,7 +194,9 @@ def test_drawn_prompts_hold_pairs_of_their_split_only():
 
 
 def test_an_unknown_split_is_named():
-    with pytest.raises(ValueError, match=r"split 'test' of the world 'shapes' is unknown: .valid: all, held_out, train."):
+    with pytest.raises(
+        ValueError, match=r"split 'test' of the world 'shapes' is unknown: .valid: all, held_out, train."
+    ):
         shapes.prompts(1, split="test")
 
 
