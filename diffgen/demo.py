@@ -17,6 +17,7 @@ from diffgen.loading import load
 from diffgen.pipelines import APG, CFG, Guidance, guide
 from diffgen.seeding import generator
 from diffgen.training import DiffusionPolicy, Trainer, load_config
+from diffgen.training.policy import to_uint8
 from diffgen.training.trainer import eval_seeds
 from diffgen.worlds import shapes
 
@@ -35,7 +36,7 @@ def draw(pipe, rule: Guidance, prompts: list[str], seed: int = 0) -> tuple[torch
         with guide(pipe, rule) as run:
             seeds = [generator("demo", seed, first + i) for i in range(len(batch))]
             out = pipe(batch, generator=seeds, output_type="pt").images
-        images.append((out.clamp(0, 1) * 255).round().byte())
+        images.append(to_uint8(out))
         nfe = run.nfe
     return torch.cat(images), nfe
 

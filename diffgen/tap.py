@@ -96,6 +96,16 @@ class Call:
         return prediction(self.module(**(self.kwargs if rows is None else self.select(rows))))
 
 
+def bind_method(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments of a method's call by name, without self; those caught by **kwargs stand beside the others."""
+    bound = dict(signature.bind(None, *args, **kwargs).arguments)
+    bound.pop(next(iter(signature.parameters)))
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound.update(bound.pop(name, {}))
+    return bound
+
+
 def prediction(output) -> torch.Tensor:
     """First output of a denoiser as one tensor (some return a list of samples)."""
     first = output[0]
@@ -248,12 +258,7 @@ class Tap:
         signature = inspect.signature(type(base).forward)
 
         def on_call(original, *args, **kwargs):
-            bound = signature.bind(base, *args, **kwargs).arguments
-            bound.pop(next(iter(signature.parameters)))
-            for name, parameter in signature.parameters.items():
-                if parameter.kind is parameter.VAR_KEYWORD:
-                    bound.update(bound.pop(name, {}))
-            return self._on_call(Call(module, bound, original))
+            return self._on_call(Call(module, bind_method(signature, args, kwargs), original))
 
         self._wrap(module, attribute, on_call)
 

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from diffgen.pipelines.base import Guidance
 from diffgen.table import Row, denoisers, row_for
-from diffgen.tap import Tap
+from diffgen.tap import Tap, bind_method
 
 
 class Run:
@@ -128,13 +128,7 @@ def _new_guided(base: type):
 
 def bind(base: type, args: tuple, kwargs: dict) -> dict:
     """Positional and keyword arguments of base.__call__ -> a dict of the arguments given."""
-    signature = inspect.signature(base.__call__)
-    bound = dict(signature.bind(None, *args, **kwargs).arguments)
-    bound.pop(next(iter(signature.parameters)))
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            bound.update(bound.pop(name, {}))
-    return bound
+    return bind_method(inspect.signature(base.__call__), args, kwargs)
 
 
 def tap(pipe, rule: Guidance | None, row: Row, arguments: dict, **options) -> Tap:
