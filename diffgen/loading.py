@@ -38,10 +38,9 @@ def load(model: str, *, dtype=None, device=None, trust_remote_code: bool = False
                 f"'owner/name'; {nearest(str(model), WORLDS)}"
             )
         path = _download(str(model))
-    _check_index(path, trust_remote_code)
+    index = _check_index(path, trust_remote_code)
     from diffusers import DiffusionPipeline
 
-    index = json.loads((path / "model_index.json").read_text())
     absent = {k: None for k, v in index.items() if isinstance(v, list) and v == [None, None]}
     try:
         pipe = DiffusionPipeline.from_pretrained(
@@ -93,8 +92,8 @@ def _with_defaults(base: type, defaults: tuple) -> type:
     return type(base.__name__, (base,), {"__call__": call, "__module__": base.__module__})
 
 
-def _check_index(path: Path, trust_remote_code: bool) -> None:
-    """model_index.json is there, is JSON, and names only classes that we trust (loading it imports them)."""
+def _check_index(path: Path, trust_remote_code: bool) -> dict:
+    """The model_index.json, checked: it is there, is JSON, and names only classes that we trust (loading imports them)."""
     import diffusers
 
     file = path / "model_index.json"
@@ -127,6 +126,7 @@ def _check_index(path: Path, trust_remote_code: bool) -> None:
             folder = weights.parent
             if not any(folder.glob("*.safetensors")):
                 raise ValueError(f"{weights} is a pickle; only safetensors weights are loaded")
+    return index
 
 
 def _download(model: str) -> Path:
