@@ -20,7 +20,12 @@ from diffgen.names import nearest
 
 # The modules that fill each stage. A new file of methods is named here.
 STAGES: dict[str, tuple[str, ...]] = {
-    "guidance": ("diffgen.pipelines.cfg", "diffgen.pipelines.apg"),
+    "guidance": (
+        "diffgen.pipelines.cfg",
+        "diffgen.pipelines.apg",
+        "diffgen.pipelines.post",
+        "diffgen.pipelines.schedule",
+    ),
     "reward": ("diffgen.training.rewards.shapes", "diffgen.training.rewards.images"),
     "advantage": ("diffgen.training.advantages",),
     "select": ("diffgen.training.selection",),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -27,7 +28,8 @@ class StepInfo:
 
     index in 0..num_steps-1; timestep of the scheduler; level (alpha, sigma) of the denoiser's input x [B, ...]; kind: the
     parametrisation of cond and uncond; state: the rule's memory, tensors [B, ...] by name, empty at step 0; order:
-    denoiser evaluations that the scheduler makes in one step of the schedule.
+    denoiser evaluations that the scheduler makes in one step of the schedule; denoiser: its attribute on the pipeline
+    ("transformer", "transformer_2", "unet"); extra: the further predictions [B, ...] that the rule asked for, by name.
     """
 
     index: int
@@ -38,9 +40,15 @@ class StepInfo:
     x: torch.Tensor
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     order: int = 1
+    denoiser: str = ""
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def rows(self, rows) -> StepInfo:
         return replace(self, x=self.x[rows], state={k: v[rows] for k, v in self.state.items()})
+
+
+# A context manager on the denoiser that yields the module to call in its place: itself, altered meanwhile, or another.
+Alter = Callable[[torch.nn.Module], AbstractContextManager[torch.nn.Module]]
 
 
 class Rule(Protocol):
@@ -50,6 +58,14 @@ class Rule(Protocol):
 
     def wants_uncond(self, step: StepInfo) -> torch.Tensor | bool:
         """Which samples need their unconditional prediction at this step: bool, or bool [B]."""
+        ...
+
+    def extra(self, step: StepInfo) -> dict[str, Alter]:
+        """Further evaluations of the conditional rows, by an altered denoiser; the rule finds them in step.extra."""
+        ...
+
+    def begin(self, pipe, step: StepInfo) -> None:
+        """Called before the first guided step of a run; raises ValueError where the rule doesn't fit the pipeline."""
         ...
 
 
@@ -76,6 +92,7 @@ class Call:
     module: torch.nn.Module
     kwargs: dict[str, Any]
     forward: Callable
+    name: str = ""  # the denoiser's attribute on the pipeline
 
     @property
     def sample(self):
@@ -94,6 +111,13 @@ class Call:
     def replay(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Prediction [len(rows), ...] by the module itself: hooks, compiled code and gradients as usual."""
         return prediction(self.module(**(self.kwargs if rows is None else self.select(rows))))
+
+    def altered(self, alter: Alter, rows: torch.Tensor, replay: bool = False) -> torch.Tensor:
+        """Prediction [len(rows), ...] of the denoiser as `alter` makes it; never compiled: its graph wouldn't know."""
+        with torch.compiler.set_stance("force_eager"), alter(self.module) as module:
+            if module is self.module and not replay:
+                return prediction(self.run(rows))
+            return prediction(module(**self.select(rows)))
 
 
 def bind_method(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -163,6 +187,9 @@ class Recorded:
             with torch.set_grad_enabled(grad_uncond and torch.is_grad_enabled()):
                 u = self.uncond.replay(u_rows if self.uncond is self.cond or rows is not None else None)
             c = self.cond.replay(c_rows if self.uncond is self.cond or rows is not None else None)
+        with torch.set_grad_enabled(grad_uncond and torch.is_grad_enabled()):
+            extra = self.tap.rule.extra(step).items()
+            step.extra = {name: self.cond.altered(alter, c_rows, replay=True) for name, alter in extra}
         return self.tap.finish(self.tap.combine(c, u, step), step)
 
 
@@ -236,8 +263,8 @@ class Tap:
             )
         _open.update(map(id, self._targets))
         try:
-            for module in modules.values():
-                self._install(module)
+            for name, module in modules.items():
+                self._install(name, module)
             self._wrap(self.pipe.scheduler, "step", self._on_step)
         except BaseException:
             self.__exit__()
@@ -250,7 +277,7 @@ class Tap:
         _open.difference_update(map(id, self._targets))
         self._pending = self._answer = None
 
-    def _install(self, module: torch.nn.Module) -> None:
+    def _install(self, name: str, module: torch.nn.Module) -> None:
         # a module compiled in place is entered through _compiled_call_impl; replacing forward would be traced into it
         attribute = "forward" if getattr(module, "_compiled_call_impl", None) is None else "_compiled_call_impl"
         base: Any = getattr(module, "_orig_mod", module)
@@ -258,7 +285,7 @@ class Tap:
         signature = inspect.signature(type(base).forward)
 
         def on_call(original, *args, **kwargs):
-            return self._on_call(Call(module, bind_method(signature, args, kwargs), original))
+            return self._on_call(Call(module, bind_method(signature, args, kwargs), original, name))
 
         self._wrap(module, attribute, on_call)
 
@@ -299,7 +326,7 @@ class Tap:
     def _on_call(self, call: Call):
         if call.kwargs.get("skip_layers") is not None:
             raise ValueError(
-                "skip_guidance_layers makes a third denoiser call that a guidance rule would misread; leave it out"
+                "skip_guidance_layers makes a third denoiser call that a guidance rule would misread; use SLG(rule, layers=...)"
             )
         n = len(call)
         if not self.batch:
@@ -341,6 +368,7 @@ class Tap:
             self.rows_evaluated += len(reps) + len(active)
             out = prediction(output)
             c, u = self._spread(out[: len(reps)], out[len(reps) :], want, reps, inverse)
+        self._evaluate_extra(call, c_rows, step, reps, inverse)
         guided = self.combine(c, u, step)
         self._answered(guided, step)
         return _with_prediction(output, torch.cat([guided, guided]))
@@ -379,6 +407,7 @@ class Tap:
             _, u = self._spread(c[reps], prediction(output), want, reps, inverse)
         else:
             output, u = (c,), c
+        self._evaluate_extra(first, rows, step, reps, inverse)
         guided = self.combine(c, u, step)
         answer.copy_(guided)
         self._pending = None
@@ -414,12 +443,15 @@ class Tap:
             x=x,
             state=self._state,
             order=getattr(scheduler, "order", 1),
+            denoiser=call.name,
         )
 
     def _needed(self, step: StepInfo | None):
         """(want uncond [B], evaluated rows or None for all, inverse): evaluated[inverse] is every row again."""
         want = torch.ones(self.batch, dtype=torch.bool)
         if step is not None and self.rule is not None:
+            if not self.guided_steps:
+                self.rule.begin(self.pipe, step)
             want = want & torch.as_tensor(self.rule.wants_uncond(step)).cpu()
         if self.share is None or self.index > self.share_until:
             return want, None, None
@@ -433,21 +465,32 @@ class Tap:
         full[want[reps].to(c.device)] = u
         return (c, full) if inverse is None else (c[inverse], full[inverse])
 
+    def _evaluate_extra(self, call: Call, rows: torch.Tensor, step: StepInfo, reps, inverse) -> None:
+        for name, alter in self.rule.extra(step).items():
+            active = rows if inverse is None else rows[reps]
+            out = call.altered(alter, active)
+            self.rows_evaluated += len(active)
+            step.extra[name] = out if inverse is None else out[inverse]
+
     def combine(self, c: torch.Tensor, u: torch.Tensor, step: StepInfo) -> torch.Tensor:
         """The guided prediction: the rule's, then the pipeline's own renorm. A learned variance stays conditional."""
-        if self.row.upcast:
-            c, u = c.float(), u.float()
-        if self.row.negated:  # negation is exact, so CFG stays what it is bit for bit
-            c, u = -c, -u
         channels = step.x.shape[1]
         if c.ndim == step.x.ndim and channels > c.shape[1]:  # inpainting, image-to-video: conditions follow the latents
             step.x = step.x[:, : c.shape[1]]
-        if c.shape[1] == 2 * channels and c.ndim == step.x.ndim:
-            guided = torch.cat([self.rule(c[:, :channels], u[:, :channels], step), c[:, channels:]], 1)
-        else:
-            guided = self.rule(c, u, step)
+        variance = c.shape[1] == 2 * channels and c.ndim == step.x.ndim
+
+        def seen(out):  # negation is exact, so CFG stays what it is bit for bit
+            out = out.float() if self.row.upcast else out
+            out = out[:, :channels] if variance else out
+            return -out if self.row.negated else out
+
+        step.extra = {name: seen(out) for name, out in step.extra.items()}
+        guided = self.rule(seen(c), seen(u), step)
+        c = c.float() if self.row.upcast else c
         if self.row.negated:
-            c, guided = -c, -guided
+            guided = -guided
+        if variance:
+            guided = torch.cat([guided, c[:, channels:]], 1)
         return guided if self.row.renorm is None else self.row.renorm(guided, c, self.arguments)
 
     def finish(self, guided: torch.Tensor, step: StepInfo) -> torch.Tensor:

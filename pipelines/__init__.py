@@ -10,7 +10,10 @@ from diffgen.pipelines.guide import guide as guide
 _EXPORTS = {
     "APG": "diffgen.pipelines.apg",
     "CFG": "diffgen.pipelines.cfg",
+    "Experts": "diffgen.pipelines.schedule",
     "Guidance": "diffgen.pipelines.base",
+    "Rescale": "diffgen.pipelines.post",
+    "Wrapper": "diffgen.pipelines.base",
 }
 __all__ = sorted([*_EXPORTS, "check", "guide"])
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from diffgen.tap import StepInfo
+from diffgen.tap import Alter, StepInfo
 
 
 @dataclass
@@ -23,12 +23,23 @@ class Guidance:
     scale: float = 7.5
 
     def __post_init__(self):
-        number = isinstance(self.scale, numbers.Real) and not isinstance(self.scale, bool)
-        if not number or not math.isfinite(self.scale) or self.scale < 0:
-            raise ValueError(f"{type(self).__name__}.scale must be a finite number >= 0, got {self.scale!r}")
+        require(self, "scale", real(self.scale) and 0 <= self.scale <= 1000, "a number in [0, 1000]")
+
+    @property
+    def active(self) -> bool:
+        """Whether the pipeline has to run CFG for this rule to have something to guide."""
+        return self.scale > 1
 
     def wants_uncond(self, step: StepInfo) -> torch.Tensor | bool:
+        """Which samples need the unconditional prediction: bool, or bool [B]. Where not, uncond is cond."""
         return True
+
+    def extra(self, step: StepInfo) -> dict[str, Alter]:
+        """Further evaluations that the rule needs at this step (see diffgen/tap.py); found in step.extra by name."""
+        return {}
+
+    def begin(self, pipe, step: StepInfo) -> None:
+        """Called before the first guided step of a pipeline call. Raises ValueError where the rule doesn't fit."""
 
     def with_scale(self, scale: float) -> Guidance:
         return dataclasses.replace(self, scale=scale)
@@ -37,6 +48,62 @@ class Guidance:
         raise NotImplementedError
 
 
+@dataclass
+class Wrapper(Guidance):
+    """Base of rules around another rule: AdaptiveGuidance(APG(10)). A number stands for CFG at that scale.
+
+    A subclass changes what it is about, the evaluations, the predictions or the result, and leaves the rest to self.rule.
+    """
+
+    scale: float = field(init=False, repr=False, compare=False)
+    rule: Guidance | float = 7.5
+
+    def __post_init__(self):
+        if isinstance(self.rule, numbers.Real) and not isinstance(self.rule, bool):
+            from diffgen.pipelines.cfg import CFG
+
+            self.rule = CFG(float(self.rule))
+        if not isinstance(self.rule, Guidance):
+            raise TypeError(f"{type(self).__name__}.rule must be a Guidance or a scale, got {self.rule!r}")
+        self.inner: Guidance = self.rule
+        self.scale = self.inner.scale
+
+    @property
+    def active(self) -> bool:
+        return self.inner.active
+
+    def wants_uncond(self, step: StepInfo) -> torch.Tensor | bool:
+        return self.inner.wants_uncond(step)
+
+    def extra(self, step: StepInfo) -> dict[str, Alter]:
+        return self.inner.extra(step)
+
+    def begin(self, pipe, step: StepInfo) -> None:
+        self.inner.begin(pipe, step)
+
+    def with_scale(self, scale: float) -> Guidance:
+        return dataclasses.replace(self, rule=self.inner.with_scale(scale))
+
+    def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
+        return self.inner(cond, uncond, step)
+
+
+def require(rule: Guidance, name: str, valid: bool, expected: str) -> None:
+    """Raises ValueError naming the field, its value and what was expected, unless `valid`."""
+    if not valid:
+        raise ValueError(f"{type(rule).__name__}.{name} must be {expected}, got {getattr(rule, name)!r}")
+
+
+def real(value: object) -> bool:
+    """Whether it is a finite number (True and False are not)."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def per_sample(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """[B] -> [B, 1, ...] with as many dimensions as `like`."""
     return x.view(-1, *[1] * (like.ndim - 1))
+
+
+def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner product of each sample [B, ...] -> [B], in float64."""
+    return (a.double() * b.double()).flatten(1).sum(1)

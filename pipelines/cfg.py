@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from diffgen.pipelines.base import Guidance, per_sample
+from diffgen.pipelines.base import Guidance, real, require
+from diffgen.pipelines.post import rescale
 from diffgen.registry import register
 from diffgen.tap import StepInfo
 
@@ -24,12 +25,8 @@ class CFG(Guidance):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(f"CFG.rescale must be in [0, 1], got {self.rescale!r}")
+        require(self, "rescale", real(self.rescale) and 0 <= self.rescale <= 1, "in [0, 1]")
 
     def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
         guided = uncond + self.scale * (cond - uncond)
-        if not self.rescale:
-            return guided
-        ratio = cond.flatten(1).std(1) / guided.flatten(1).std(1)
-        return self.rescale * (guided * per_sample(ratio, guided)) + (1 - self.rescale) * guided
+        return rescale(guided, cond, self.rescale) if self.rescale else guided

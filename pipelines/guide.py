@@ -8,6 +8,8 @@ import warnings
 from typing import Any, overload
 
 from diffgen.pipelines.base import Guidance
+from diffgen.pipelines.post import Rescale
+from diffgen.pipelines.schedule import Experts
 from diffgen.table import Row, denoisers, row_for
 from diffgen.tap import Tap, bind_method
 
@@ -102,7 +104,7 @@ def _guided_class(base: Any) -> type:
                 result = base.__call__(self, **arguments)
             finally:
                 run.nfe = opened.nfe
-        if rule.scale > 1 and not opened.guided_steps:
+        if rule.active and not opened.guided_steps:
             raise RuntimeError(
                 f"{base.__name__} never predicted for the negative prompt, so {type(rule).__name__} had nothing to guide: at "
                 f"{run.row.scale}={arguments[run.row.scale]} it runs no CFG (its {run.row.scale} may be a distilled guidance)"
@@ -152,20 +154,23 @@ def apply_rule(row: Row, rule: Guidance | None, arguments: dict) -> tuple[Guidan
     arguments = dict(arguments)
     if rule is None:
         return None, arguments | {row.scale: 1.0 - row.scale_offset}
-    if arguments.get("guidance_rescale"):
-        raise ValueError("guidance_rescale would be lost under guide(); use CFG(scale, rescale=...)")
-    if arguments.get("guidance_scale_2") is not None:
-        raise ValueError("guidance_scale_2 (another scale for the second expert) is not supported under guide()")
+    given = rule
     if arguments.get(row.scale) is not None:
         rule = rule.with_scale(arguments[row.scale] + row.scale_offset)
     if rule.scale < 1:
         raise ValueError(
             f"scale {rule.scale:g}: pipelines run no CFG below 1 (1: conditional only), so it would be ignored"
         )
-    arguments[row.scale] = rule.scale - row.scale_offset
+    if arguments.get("guidance_scale_2") is not None:
+        rule = Experts(rule, given.with_scale(arguments["guidance_scale_2"]))
+    if arguments.get("guidance_rescale"):  # the pipeline would compare the guided prediction with itself
+        rule = Rescale(rule, arguments["guidance_rescale"])
+        arguments["guidance_rescale"] = 0.0
+    # at 2 the pipeline runs CFG, which a rule like PAG(1) needs; what scale it thinks of has no effect on u + w (g - g)
+    arguments[row.scale] = (rule.scale if rule.scale > 1 or not rule.active else 2.0) - row.scale_offset
     if (
         row.needs_negative
-        and rule.scale > 1
+        and rule.active
         and not any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
     ):
         arguments["negative_prompt"] = ""
