@@ -214,7 +214,7 @@ def test_the_momentum_of_one_call_does_not_reach_the_next(scene):
         ({"momentum": float("nan")}, "APG.momentum"),
         ({"eta": float("inf")}, "APG.eta must be finite, got inf"),
         ({"space": "eps"}, "APG.space must be 'x0' or 'native', got 'eps'"),
-        ({"scale": float("nan")}, "APG.scale must be a number in [0, 1000], got nan"),
+        ({"scale": float("nan")}, "APG.scale must be a number in \\[0, 1000\\], got nan"),
         ({"scale": -1.0}, "APG.scale"),
         ({"scale": "high"}, "APG.scale .* got 'high'"),
     ],
