@@ -75,7 +75,10 @@ def take(value, rows: torch.Tensor, n: int, per_sample: bool = False):
     per_sample: a list has one entry a sample; otherwise it is a list of tensors [n, ...].
     """
     if isinstance(value, torch.Tensor):
-        return value[rows.to(value.device)] if value.ndim and len(value) == n else value
+        if not value.ndim or not len(value) or len(value) % n:
+            return value
+        rows = rows.to(value.device)  # several entries in a row may belong to one sample: its video frames
+        return value[rows] if len(value) == n else value.unflatten(0, (n, -1))[rows].flatten(0, 1)
     if isinstance(value, dict):
         return {k: take(v, rows, n) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -168,7 +171,7 @@ class Recorded:
         step = replace(step, state={k: v.clone() for k, v in step.state.items()})
         c_rows = self.cond_rows if rows is None else self.cond_rows[rows]
         if self.uncond is None:
-            return self.tap.finish(self.cond.replay(None if rows is None else c_rows), step)
+            return self.tap.finish(self.cond.replay(None if rows is None else c_rows), step, self.cond)
         u_rows = self.uncond_rows if rows is None else self.uncond_rows[rows]
         want = None if self.want is None else self.want if rows is None else self.want[rows]
         if want is not None and not want.all():
@@ -190,20 +193,23 @@ class Recorded:
         with torch.set_grad_enabled(grad_uncond and torch.is_grad_enabled()):
             extra = self.tap.rule.extra(step).items()
             step.extra = {name: self.cond.altered(alter, c_rows, replay=True) for name, alter in extra}
-        return self.tap.finish(self.tap.combine(c, u, step), step)
+        return self.tap.finish(self.tap.combine(c, u, step), step, self.cond)
 
 
 def _begin(scheduler, call: Call) -> int:
     """Where in scheduler.timesteps a run starts: pipelines that start late (img2img) trim the schedule.
 
-    They tell the scheduler, where it knows a begin_index (DDIM and DDPM don't); else the call's timestep says it.
+    Most tell the scheduler, where it knows a begin_index (DDIM and DDPM don't); else the call's timestep says it.
     """
-    if hasattr(scheduler, "begin_index"):
-        return scheduler.begin_index or 0
+    if getattr(scheduler, "begin_index", None) is not None:
+        return scheduler.begin_index
     timestep = call.kwargs.get("timestep")
     if timestep is None:
         return 0
-    match = (scheduler.timesteps.cpu() == torch.as_tensor(timestep).flatten()[0].cpu()).nonzero()
+    timestep = torch.as_tensor(timestep).flatten()[0].cpu()
+    if hasattr(scheduler, "begin_index") and timestep <= 1:  # t / 1000, as many transformers take it
+        return 0
+    match = (scheduler.timesteps.cpu() == timestep).nonzero()
     return int(match[0]) if len(match) else 0
 
 
@@ -218,7 +224,8 @@ class Tap:
     at them. record: which step indices to keep in `recorded`. share: [B] for each sample the first one that has the same
     input, and share_until: up to and including that step only those are evaluated.
 
-    rows_evaluated counts denoiser rows; nfe = rows_evaluated / batch. guided_steps counts steps that ran CFG.
+    rows_evaluated counts denoiser rows; nfe = rows_evaluated / batch. guided_steps counts steps that ran CFG. state: the rule's
+    memory.
     """
 
     def __init__(
@@ -244,8 +251,8 @@ class Tap:
         self._begin = 0
         self._undo: list[Callable[[], None]] = []
         self._pending: Any = None  # (call, rows, prediction, answer given) of a call whose second one may follow
-        self._state: dict[str, torch.Tensor] = {}
-        self._answer: Any = None  # (guided, step) of the running step
+        self.state: dict[str, torch.Tensor] = {}
+        self._answer: Any = None  # (guided, step, call) of the running step
 
     @property
     def nfe(self) -> float:
@@ -317,7 +324,7 @@ class Tap:
             call, rows, cond, _ = self._pending
             self._keep(call, None, rows, rows, self._step_info(call, rows))
             if self._recording:
-                self._answer = (cond, self.recorded[-1].step)
+                self._answer = (cond, self.recorded[-1].step, call)
                 self._verify(model_output)
         self._pending = self._answer = None
         self.index += 1
@@ -370,7 +377,7 @@ class Tap:
             c, u = self._spread(out[: len(reps)], out[len(reps) :], want, reps, inverse)
         self._evaluate_extra(call, c_rows, step, reps, inverse)
         guided = self.combine(c, u, step)
-        self._answered(guided, step)
+        self._answered(guided, step, call)
         return _with_prediction(output, torch.cat([guided, guided]))
 
     def _on_cond(self, call: Call):
@@ -411,7 +418,7 @@ class Tap:
         guided = self.combine(c, u, step)
         answer.copy_(guided)
         self._pending = None
-        self._answered(guided, step)
+        self._answered(guided, step, first)
         return _with_prediction(output, guided)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
@@ -434,6 +441,8 @@ class Tap:
         timestep = timesteps[min(self._begin + self.index, len(timesteps) - 1)]
         x = call.sample
         x = torch.stack([x[i] for i in rows.tolist()]) if isinstance(x, (list, tuple)) else x[rows.to(x.device)]
+        if self.row.tokens is not None:
+            x = x[:, : self.row.tokens(call.kwargs)]
         return StepInfo(
             index=self.index,
             num_steps=len(timesteps) - self._begin,
@@ -441,7 +450,7 @@ class Tap:
             level=parametrization.noise_level(scheduler, timestep),
             kind=parametrization.prediction_kind(scheduler),
             x=x,
-            state=self._state,
+            state=self.state,
             order=getattr(scheduler, "order", 1),
             denoiser=call.name,
         )
@@ -475,13 +484,13 @@ class Tap:
     def combine(self, c: torch.Tensor, u: torch.Tensor, step: StepInfo) -> torch.Tensor:
         """The guided prediction: the rule's, then the pipeline's own renorm. A learned variance stays conditional."""
         channels = step.x.shape[1]
-        if c.ndim == step.x.ndim and channels > c.shape[1]:  # inpainting, image-to-video: conditions follow the latents
-            step.x = step.x[:, : c.shape[1]]
-        variance = c.shape[1] == 2 * channels and c.ndim == step.x.ndim
+        more = c.ndim == step.x.ndim and c.shape[1] > channels  # a learned variance, or tokens of reference images
+        if c.ndim == step.x.ndim:  # inpainting, image-to-video: conditions follow the latents, in some dimension
+            step.x = step.x[tuple(slice(size) for size in c.shape)]
 
         def seen(out):  # negation is exact, so CFG stays what it is bit for bit
             out = out.float() if self.row.upcast else out
-            out = out[:, :channels] if variance else out
+            out = out[:, :channels] if more else out
             return -out if self.row.negated else out
 
         step.extra = {name: seen(out) for name, out in step.extra.items()}
@@ -489,33 +498,34 @@ class Tap:
         c = c.float() if self.row.upcast else c
         if self.row.negated:
             guided = -guided
-        if variance:
+        if more:
             guided = torch.cat([guided, c[:, channels:]], 1)
         return guided if self.row.renorm is None else self.row.renorm(guided, c, self.arguments)
 
-    def finish(self, guided: torch.Tensor, step: StepInfo) -> torch.Tensor:
+    def finish(self, guided: torch.Tensor, step: StepInfo, call: Call) -> torch.Tensor:
         """What the pipeline makes of the guided prediction before it calls scheduler.step."""
         guided = guided.float() if self.row.upcast else guided
-        if self.row.learned_variance and guided.shape[1] == 2 * step.x.shape[1]:
-            guided = guided.chunk(2, dim=1)[0]
-        return guided if self.row.post is None else self.row.post(guided)
+        config = getattr(self.pipe.scheduler, "config", {})
+        keep = self.row.learned_variance == "scheduler" and config.get("variance_type") in ("learned", "learned_range")
+        if self.row.tokens is not None or (self.row.learned_variance and not keep):
+            guided = guided[:, : step.x.shape[1]]
+        return guided if self.row.post is None else self.row.post(guided, call.kwargs)
 
     def _keep(self, cond: Call, uncond: Call | None, c_rows, u_rows, step: StepInfo, want=None) -> None:
         if self._recording:
             snapshot = replace(step, state={k: v.clone() for k, v in step.state.items()})
             self.recorded.append(Recorded(snapshot, cond, uncond, c_rows, u_rows, self, want))
 
-    def _answered(self, guided: torch.Tensor, step: StepInfo) -> None:
-        self._state = step.state
-        self._answer = (guided, step)
+    def _answered(self, guided: torch.Tensor, step: StepInfo, call: Call) -> None:
+        self.state = step.state
+        self._answer = (guided, step, call)
         self.guided_steps += 1
 
     def _verify(self, model_output: torch.Tensor) -> None:
         """At a run's first step: the scheduler gets what the row says, else the row (or the guess) is wrong."""
         if self.index > 0:
             return
-        guided, step = self._answer
-        expected = self.finish(guided, step)
+        expected = self.finish(*self._answer)
         if expected.shape == model_output.shape and torch.allclose(
             expected.to(model_output.dtype), model_output, rtol=1e-3, atol=1e-5, equal_nan=True
         ):

@@ -7,6 +7,8 @@ import inspect
 import warnings
 from typing import Any, overload
 
+import torch
+
 from diffgen.pipelines.base import Guidance
 from diffgen.pipelines.post import Rescale
 from diffgen.pipelines.schedule import Experts
@@ -17,12 +19,14 @@ from diffgen.tap import Tap, bind_method
 class Run:
     """What `guide` returns. As a context manager it takes the rule off again at the end.
 
-    nfe: denoiser rows evaluated per sample in the last call (CFG at 20 steps: 40).
+    nfe: denoiser rows evaluated per sample in the last call (CFG at 20 steps: 40). state: the rule's memory at its end,
+    tensors [B, ...] by name.
     """
 
     def __init__(self, pipe, rule: Guidance, row: Row, previous: Run | None):
         self.pipe, self.rule, self.row, self._previous = pipe, rule, row, previous
         self.nfe = 0.0
+        self.state: dict[str, torch.Tensor] = {}
 
     def __enter__(self) -> Run:
         _set(self.pipe, self)
@@ -103,7 +107,7 @@ def _guided_class(base: Any) -> type:
             try:
                 result = base.__call__(self, **arguments)
             finally:
-                run.nfe = opened.nfe
+                run.nfe, run.state = opened.nfe, opened.state
         if rule.active and not opened.guided_steps:
             raise RuntimeError(
                 f"{base.__name__} never predicted for the negative prompt, so {type(rule).__name__} had nothing to guide: at "
