@@ -56,30 +56,90 @@ def train(
 
 @app.command()
 def sample(
-    prompts: Annotated[list[str], typer.Argument(help="Prompts.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts.")] = None,
     model: Annotated[str, typer.Option("--model", "-m", help="World, folder or hub id.")] = "shapes",
-    guidance: Annotated[str, typer.Option("--guidance", "-g", help="Rule: cfg, apg (see: diffgen methods).")] = "cfg",
-    option: Annotated[list[str] | None, typer.Option(help="Rule's option: scale=10")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeatable.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the unconditional branch is given.")] = None,
+    guidance: Annotated[
+        str,
+        typer.Option("--guidance", "-g", help="Rule, or wrappers around one: apg, rescale+cfg (see: diffgen methods)."),
+    ] = "cfg",
+    option: Annotated[
+        list[str] | None, typer.Option("--set", "--option", help="Rule's options: --set scale=10 eta=0")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     seed: int = 0,
     out: Annotated[Path, typer.Option("--out", "-o")] = Path("samples"),
 ):
-    """Sample images with a guidance rule; one PNG a prompt."""
+    """Sample images with a guidance rule: one PNG a prompt, and grid.png of all."""
+    import inspect
+
     import torch
 
-    from diffgen import registry
+    from diffgen.eval.images import load_images
+    from diffgen.grid import save_grid
     from diffgen.loading import load
-    from diffgen.pipelines import guide
+    from diffgen.pipelines import guide, specs
 
-    rule = registry.build("guidance", guidance, _options(option))
+    words, pairs = _prompts_and_options(prompts or [], bool(prompt), option or [], specs.option_names(guidance))
+    texts = [*(prompt or []), *words]
+    if not texts:
+        raise ValueError('no prompt given: diffgen sample "a red circle", or --prompt "a red circle"')
+    rule = specs.rule(guidance, specs.assignments(pairs))
     pipe = load(model)
-    extra = {"num_inference_steps": steps} if steps else {}
+    extra: dict = {"num_inference_steps": steps} if steps else {}
+    if negative_prompt is not None:
+        if "negative_prompt" not in inspect.signature(pipe.__call__).parameters:
+            raise ValueError(f"{type(pipe).__name__} takes no negative prompt")
+        extra["negative_prompt"] = negative_prompt
     with guide(pipe, rule) as run:
-        images = pipe(prompts, generator=torch.Generator().manual_seed(seed), **extra).images
+        images = pipe(texts, generator=torch.Generator().manual_seed(seed), **extra).images
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(out / f"{i:03d}.png")
-    typer.echo(f"{len(images)} images in {out}, {run.nfe:g} denoiser evaluations a sample")
+    save_grid(load_images(images), out / "grid.png")
+    typer.echo(f"{len(images)} images and grid.png in {out}; NFE {run.nfe:g} (denoiser evaluations a sample)")
+
+
+@app.command()
+def compare(
+    model: Annotated[str, typer.Option("--model", "-m", help="World, folder or hub id.")] = "shapes",
+    rules: Annotated[
+        str, typer.Option("--rules", "-r", help="Comma-separated: cfg,apg:eta=0.5:momentum=0,rescale+cfg")
+    ] = "cfg,apg",
+    scales: Annotated[str, typer.Option("--scales", "-s", help="Comma-separated guidance scales.")] = "2,4,8,16",
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "--prompts", "-p", help="Repeatable; default: 64 prompts of the world shapes."),
+    ] = None,
+    images_per_prompt: Annotated[int, typer.Option("--images-per-prompt", "-n")] = 1,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the unconditional branch is given.")] = None,
+    steps: int | None = None,
+    seed: int = 0,
+    clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP model, for CLIP scores.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images in one call; default 64 for a world, else 4.")] = None,
+    device: str | None = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16; default float32.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder, or an .html file.")] = Path("comparison"),
+    quiet: bool = False,
+    as_json: AsJson = False,
+):
+    """Guidance rules at several scales from the same seeds: one HTML page with pictures, measures and Pareto plots."""
+    from diffgen.compare import compare as run
+    from diffgen.compare import plan
+
+    todo = plan(
+        model, rules, scales, prompt, images_per_prompt, steps, seed, out, clip, negative_prompt, batch
+    )  # fmt: skip
+    numbers = run(todo, device=device, dtype=dtype, quiet=quiet)
+    if as_json:
+        typer.echo(json.dumps(numbers, indent=1))
+        return
+    for cell in numbers["cells"]:
+        if cell["error"]:
+            typer.echo(f"{cell['rule']} at {cell['scale']:g} failed: {cell['error']}", err=True)
+    typer.echo(numbers["finding"])
+    typer.echo(f"page: {todo.page.resolve()}")
 
 
 @app.command("eval")
@@ -160,16 +220,20 @@ def doctor(as_json: AsJson = False):
         raise typer.Exit(1)
 
 
-def _options(pairs: list[str] | None) -> dict:
-    import yaml
+def _prompts_and_options(
+    words: list[str], prompted: bool, pairs: list[str], known: list[str]
+) -> tuple[list[str], list[str]]:
+    """(prompts, KEY=VALUE pairs): after `--set scale=10 eta=0` the word eta=0 is an option, not a prompt.
 
-    options = {}
-    for pair in pairs or []:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"option {pair!r}: expected KEY=VALUE, for example scale=10")
-        options[key] = yaml.safe_load(value)
-    return options
+    A word KEY=VALUE is an option if --set is there and KEY is one of the rule's options (or the prompts came by --prompt,
+    so that no word is meant as one).
+    """
+
+    def is_option(word: str) -> bool:
+        key, equals, _ = word.partition("=")
+        return bool(pairs and equals) and (key in known or (prompted and key.isidentifier()))
+
+    return [w for w in words if not is_option(w)], [*pairs, *(w for w in words if is_option(w))]
 
 
 def main() -> None:

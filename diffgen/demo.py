@@ -14,10 +14,8 @@ from diffgen.eval import evaluate
 from diffgen.eval.report import Section, picture, plot, write_report
 from diffgen.grid import beside, grid
 from diffgen.loading import load
-from diffgen.pipelines import APG, CFG, Guidance, guide
-from diffgen.seeding import generator
+from diffgen.pipelines import APG, CFG, Guidance, draw
 from diffgen.training import DiffusionPolicy, Trainer, load_config
-from diffgen.training.policy import to_uint8
 from diffgen.training.trainer import eval_seeds
 from diffgen.worlds import shapes
 
@@ -28,27 +26,14 @@ RULES: dict[str, Guidance] = {
 }
 
 
-def draw(pipe, rule: Guidance, prompts: list[str], seed: int = 0) -> tuple[torch.Tensor, float]:
-    """(uint8 [N, 3, H, W], denoiser evaluations a sample), one fixed seed a prompt."""
-    images, nfe = [], 0.0
-    for first in range(0, len(prompts), 64):
-        batch = prompts[first : first + 64]
-        with guide(pipe, rule) as run:
-            seeds = [generator("demo", seed, first + i) for i in range(len(batch))]
-            out = pipe(batch, generator=seeds, output_type="pt").images
-        images.append(to_uint8(out))
-        nfe = run.nfe
-    return torch.cat(images), nfe
-
-
 def guidance_section(pipe, n: int) -> Section:
     """The same prompts and seeds under each rule, with what the rule does to colours and to accuracy."""
     prompts = shapes.prompts(n, seed=1, split="all")
     rows, figures = [["rule", "verified", "saturation", "clipped values", "evaluations a sample"]], []
     for name, rule in RULES.items():
-        images, nfe = draw(pipe, rule, prompts)
+        drawn = draw(pipe, rule, prompts)
         result = evaluate(
-            images, prompts=prompts, metrics=("saturation", "clipping"), verifier=shapes.verify, ci_samples=0
+            drawn.images, prompts=prompts, metrics=("saturation", "clipping"), verifier=shapes.verify, ci_samples=0
         )
         verified, saturation, clipping = (result.scores[m] for m in ("verifier", "saturation", "clipping"))
         rows.append(
@@ -57,10 +42,12 @@ def guidance_section(pipe, n: int) -> Section:
                 f"{verified.value:.1%} [{verified.low:.1%}, {verified.high:.1%}]",
                 f"{saturation.value:.3f} ± {_half(saturation):.3f}",
                 f"{clipping.value:.2%}",
-                f"{nfe:g}",
+                f"{drawn.nfe:g}",
             ]
         )
-        figures.append(picture(grid(images[:16], columns=8, scale=2), f"{name}: " + "; ".join(prompts[:3]) + " …"))
+        figures.append(
+            picture(grid(drawn.images[:16], columns=8, scale=2), f"{name}: " + "; ".join(prompts[:3]) + " …")
+        )
     return Section(
         "Guidance, swapped in one line",
         f"The base model, {n} prompts of all colour-shape pairs, with guide(pipe, rule): pipe(prompts); the same seeds for "

@@ -1,4 +1,4 @@
-"""One image grid for everyone."""
+"""One way to images, and one image grid, for everyone."""
 
 from __future__ import annotations
 
@@ -39,3 +39,13 @@ def save_grid(images: torch.Tensor, path: Path, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(images, **options).save(path)
     return path
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Float [0, 1] -> uint8 by rounding, on the CPU. Raises FloatingPointError for NaN, which would become black."""
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.all():
+        raise FloatingPointError(
+            f"the model's images {(~finite).nonzero().flatten().tolist()} are not finite: it has diverged"
+        )
+    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()

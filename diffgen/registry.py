@@ -139,7 +139,8 @@ def _checked(method: Method, option: str, value: Any) -> Any:
 
     try:
         hint = typing.get_type_hints(method.function, include_extras=True)[option]
-        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
+        rules = method.stage == "guidance"  # they check their numbers themselves, and inf means something to some
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=rules))
     except (KeyError, NameError, TypeError, PydanticUserError):  # not annotated, or by what only a type checker knows
         return value
     number = isinstance(method.options[option], (int, float)) and not isinstance(method.options[option], bool)

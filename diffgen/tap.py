@@ -104,16 +104,18 @@ class Call:
     def __len__(self) -> int:
         return len(self.sample)
 
-    def select(self, rows: torch.Tensor) -> dict[str, Any]:
+    def select(self, rows: torch.Tensor | None) -> dict[str, Any]:
+        if rows is None:  # lists as copies: a UNet pops the residuals of a T2I-Adapter, which a replay needs again
+            return {k: list(v) if isinstance(v, list) else v for k, v in self.kwargs.items()}
         n = len(self)
         return {k: take(v, rows, n, k in SAMPLE_LISTS) if k in BATCH_ARGUMENTS else v for k, v in self.kwargs.items()}
 
     def run(self, rows: torch.Tensor | None = None):
-        return self.forward(**(self.kwargs if rows is None else self.select(rows)))
+        return self.forward(**self.select(rows))
 
     def replay(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Prediction [len(rows), ...] by the module itself: hooks, compiled code and gradients as usual."""
-        return prediction(self.module(**(self.kwargs if rows is None else self.select(rows))))
+        return prediction(self.module(**self.select(rows)))
 
     def altered(self, alter: Alter, rows: torch.Tensor, replay: bool = False) -> torch.Tensor:
         """Prediction [len(rows), ...] of the denoiser as `alter` makes it; never compiled: its graph wouldn't know."""
@@ -482,7 +484,7 @@ class Tap:
             step.extra[name] = out if inverse is None else out[inverse]
 
     def combine(self, c: torch.Tensor, u: torch.Tensor, step: StepInfo) -> torch.Tensor:
-        """The guided prediction: the rule's, then the pipeline's own renorm. A learned variance stays conditional."""
+        """The guided prediction: the rule's, then the pipeline's own renorm. What the rule doesn't see stays conditional."""
         channels = step.x.shape[1]
         more = c.ndim == step.x.ndim and c.shape[1] > channels  # a learned variance, or tokens of reference images
         if c.ndim == step.x.ndim:  # inpainting, image-to-video: conditions follow the latents, in some dimension

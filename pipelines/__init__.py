@@ -5,6 +5,7 @@ from __future__ import annotations
 # Three functions named as their modules. They are imported here, and not on demand like the rest: importing a submodule
 # puts it on the package under its name, so later it would stand where the function is expected.
 from diffgen.pipelines.check import check as check
+from diffgen.pipelines.draw import draw as draw
 from diffgen.pipelines.guide import guide as guide
 from diffgen.pipelines.guided import guided as guided
 

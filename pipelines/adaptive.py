@@ -13,6 +13,7 @@ import torch
 from diffgen.parametrization import convert, to_x0
 from diffgen.pipelines.base import Wrapper, dot, per_sample, real, require
 from diffgen.registry import register
+from diffgen.seeding import generator
 from diffgen.tap import Alter, StepInfo
 
 SPACES = ("native", "x0", "epsilon")
@@ -115,7 +116,7 @@ class AdaptiveGuidance(Wrapper):
             watch.seen = []
             batch = list(prompts[i : i + batch_size])
             with guide(pipe, watch):
-                generators = [torch.Generator().manual_seed(seed + i + j) for j in range(len(batch))]
+                generators = [generator("fit", seed, i + j) for j in range(len(batch))]
                 pipe(batch, generator=generators, output_type="latent", **call)
             gammas.append(torch.stack(watch.seen, 1))
         gamma = torch.cat(gammas)  # [prompts, steps]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
 
 from diffgen.parametrization import slope, to_x0
-from diffgen.pipelines.base import Guidance
+from diffgen.pipelines.base import Guidance, real, require
 from diffgen.registry import register
 from diffgen.tap import StepInfo
 
@@ -38,31 +39,36 @@ class APG(Guidance):
     15 there). norm_threshold "auto" is 15 sqrt(numel / 65536), SDXL's r carried over to the latent's size.
     eta = 1, norm_threshold = 0, momentum = 0 is CFG, bit for bit. space "native" works on the raw output, as diffusers'
     AdaptiveProjectedGuidance(use_original_formulation=True) with scale - 1 does. arXiv 2410.02416.
+
+    form "diffusers" is D = D_u + w U, that guider's default in the native space: another method where eta isn't 1 or the
+    clip acts, and not D_c at w = 1. The first cfg_steps steps are CFG at cfg_scale while the momentum gathers
+    (HunyuanImage 2.1, of 50 steps: APG(10, norm_threshold=10, space="native", form="diffusers", cfg_steps=6); diffusers'
+    AdaptiveProjectedMixGuidance counts them from 0, its start_step is cfg_steps - 1).
     """
 
     eta: float = 0.0
     momentum: float = -0.5
     norm_threshold: float | str = 15.0
     space: str = "x0"
+    form: str = "paper"
+    cfg_steps: int = 0
+    cfg_scale: float = 3.5
 
     def __post_init__(self):
         super().__post_init__()
-        if self.norm_threshold != "auto" and not (
-            isinstance(self.norm_threshold, (int, float)) and 0 <= self.norm_threshold < math.inf
-        ):
-            raise ValueError(
-                f"APG.norm_threshold must be a number >= 0 (0: off) or 'auto', got {self.norm_threshold!r}"
-            )
-        if not -1 < self.momentum < 1:
-            raise ValueError(f"APG.momentum must be in (-1, 1), got {self.momentum!r}")
-        if not math.isfinite(self.eta):
-            raise ValueError(f"APG.eta must be finite, got {self.eta!r}")
-        if self.space not in ("x0", "native"):
-            raise ValueError(f"APG.space must be 'x0' or 'native', got {self.space!r}")
+        r = self.norm_threshold
+        require(self, "norm_threshold", r == "auto" or (real(r) and r >= 0), "a number >= 0 (0: off) or 'auto'")
+        require(self, "momentum", real(self.momentum) and -1 < self.momentum < 1, "in (-1, 1)")
+        require(self, "eta", real(self.eta), "finite")
+        require(self, "space", self.space in ("x0", "native"), "'x0' or 'native'")
+        require(self, "form", self.form in ("paper", "diffusers"), "'paper' or 'diffusers'")
+        whole = isinstance(self.cfg_steps, numbers.Integral) and not isinstance(self.cfg_steps, bool)
+        require(self, "cfg_steps", whole and self.cfg_steps >= 0, "a whole number >= 0")
+        require(self, "cfg_scale", real(self.cfg_scale) and 0 <= self.cfg_scale <= 1000, "a number in [0, 1000]")
 
     def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
         if self.eta == 1 and not self.norm_threshold and not self.momentum:
-            return uncond + self.scale * (cond - uncond)
+            return self._cfg(cond, uncond, step)
         if cond.shape != uncond.shape:
             raise ValueError(f"APG: cond {tuple(cond.shape)} and uncond {tuple(uncond.shape)} must have one shape")
         k, direction = -1.0, cond
@@ -77,7 +83,14 @@ class APG(Guidance):
                     "every step; use momentum=0 or a first-order scheduler"
                 )
             d = step.state["momentum"] = d + self.momentum * step.state.get("momentum", torch.zeros_like(d))
+        if step.index < self.cfg_steps:
+            return self._cfg(cond, uncond, step)
         r = self.norm_threshold
         r = 15 * math.sqrt(cond[0].numel() / 65536) if r == "auto" else float(r)
         update = projected_update(d, direction, self.eta, r)
-        return (cond.double() - (self.scale - 1) * update / k).to(cond.dtype)
+        base, w = (cond, self.scale - 1) if self.form == "paper" else (uncond, self.scale)
+        return (base.double() - w * update / k).to(cond.dtype)
+
+    def _cfg(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
+        w = self.cfg_scale if step.index < self.cfg_steps else self.scale
+        return uncond + w * (cond - uncond)

@@ -21,6 +21,7 @@ import torch
 
 from diffgen.pipelines.base import Guidance, Wrapper, real, require
 from diffgen.registry import register
+from diffgen.seeding import generator
 from diffgen.tap import Alter, StepInfo
 
 
@@ -139,14 +140,25 @@ class LinearAG(Wrapper):
         if self.every == 1:
             return
         found = describe(pipe, step, self.inner)
-        self._used = self.coefficients if isinstance(self.coefficients, Coefficients) else _beside(pipe, found)
-        made_for = self._used.made_for
+        given = self.coefficients
+        self._found = given if isinstance(given, Coefficients) else _beside(pipe, found)
+        made_for = self._found.made_for
         for name, value in found.items():
             if _differs(name, made_for.get(name), value):
                 raise ValueError(
                     f"LinearAG.coefficients were fitted for another {name}: {made_for.get(name)}; this run has {value}. "
                     "Fit them again: diffgen fit linear-ag, or LinearAG.fitted(pipe, prompts, ...)"
                 )
+
+    @property
+    def _used(self) -> Coefficients:
+        found = getattr(self, "_found", None)
+        if found is None:
+            raise ValueError(
+                "LinearAG cannot stand inside a rule that changes its scale on the way, such as Scheduled; put it outside: "
+                "LinearAG(Scheduled(...))"
+            )
+        return found
 
     def wants_uncond(self, step: StepInfo) -> torch.Tensor | bool:
         return self.inner.wants_uncond(step) if self._plan(step) == "cfg" else False
@@ -275,7 +287,7 @@ def fit(
     collect = _Collect(rule, history=history, intercept=intercept)
     batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     for i, batch in enumerate(tqdm(batches, desc="fit", disable=len(batches) < 3)):
-        generators = [torch.Generator().manual_seed(seed + i * batch_size + j) for j in range(len(batch))]
+        generators = [generator("fit", seed, i * batch_size + j) for j in range(len(batch))]
         with guide(pipe, collect):
             pipe(batch, generator=generators, output_type="latent", **call)
     if not collect.sums:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diffgen import samplers
+from diffgen.grid import to_uint8
 from diffgen.names import nearest
 from diffgen.pipelines.guide import apply_rule, bind, tap
 from diffgen.schedulers import Transition, stochastic
@@ -309,13 +310,3 @@ def _join(parts: list, inverse: torch.Tensor):
     if parts[0] is None:
         return None
     return [samplers.Step(torch.cat([s.mean for s in same])[inverse], same[0].std, same[0].dt) for same in zip(*parts)]
-
-
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Float [0, 1] -> uint8 by rounding, on the CPU. Raises FloatingPointError for NaN, which would become black."""
-    finite = images.isfinite().flatten(1).all(1)
-    if not finite.all():
-        raise FloatingPointError(
-            f"the model's images {(~finite).nonzero().flatten().tolist()} are not finite: it has diverged"
-        )
-    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()

@@ -6,6 +6,7 @@ import torch
 from diffgen.parametrization import Level
 from diffgen.pipelines import APG, CFG, AdaptiveGuidance, guide
 from diffgen.pipelines.adaptive import cosine
+from diffgen.seeding import generator
 from diffgen.tap import StepInfo
 from diffgen.tiny import TINY
 
@@ -134,7 +135,7 @@ def test_calibration_hits_the_saving_on_its_own_prompts(scene):
     call["num_inference_steps"] = 8
     rule = AdaptiveGuidance(4.0, space="x0", warmup=1).calibrated(s.pipe, prompts, saving=0.3, batch_size=8, **call)
     assert 0 < rule.threshold < 1
-    generators = [torch.Generator().manual_seed(i) for i in range(8)]
+    generators = [generator("fit", 0, i) for i in range(8)]
     with guide(s.pipe, rule) as run:
         s.pipe(prompts, generator=generators, output_type="latent", **call)
     assert 1 - run.nfe / 16 >= 0.3

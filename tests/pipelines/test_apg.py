@@ -13,8 +13,8 @@ U = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
 X = torch.tensor([[2.0, 1.0]], dtype=torch.float64)
 
 
-def step(x=X, level=None, kind="flow_prediction", state=None):
-    return StepInfo(0, 1, 0, level or Level.flow(0.8), kind, x, {} if state is None else state)
+def step(x=X, level=None, kind="flow_prediction", state=None, index=0):
+    return StepInfo(index, 10, 0, level or Level.flow(0.8), kind, x, {} if state is None else state)
 
 
 def native(scale=3.0, **options):
@@ -92,10 +92,45 @@ def test_diffusers_original_formulation_with_scale_minus_one_is_the_native_space
         assert (rule(c, u, step(c, state=state)) - theirs).abs().max() < 1e-12  # measured: 8.9e-16
 
 
-def test_diffusers_default_formulation_is_another_method():
+def test_diffusers_default_formulation_is_another_method_and_has_a_form_of_its_own():
     theirs = normalized_guidance(C, U, 3.0, None, 0.0, 0.0, use_original_formulation=False)
     near(theirs, (-0.92, 1.44))
     assert (native(eta=0.0)(C, U, step()) - theirs).abs().max() > 1
+    near(native(eta=0.0, form="diffusers")(C, U, step()), (-0.92, 1.44))
+
+
+def test_the_diffusers_form_is_cfg_where_nothing_is_projected_or_clipped_and_else_not_the_condition_at_scale_1():
+    c, u = random(2, 4, 8, 8)
+    neutral = APG(7.5, eta=1.0, norm_threshold=0.0, momentum=0.0, form="diffusers")
+    assert torch.equal(neutral(c, u, step(c)), CFG(7.5)(c, u, step(c)))
+    for space in ("x0", "native"):
+        unclipped = APG(7.5, eta=1.0, norm_threshold=1e9, momentum=0.0, form="diffusers", space=space)
+        torch.testing.assert_close(unclipped(c, u, step(c)), CFG(7.5)(c, u, step(c)))
+        assert (APG(1.0, form="diffusers", space=space)(c, u, step(c)) - c).norm() > 1
+
+
+def test_in_x0_space_the_diffusers_form_starts_from_the_denoised_unconditional_prediction():
+    level = Level.flow(0.8)
+    guided = APG(3.0, momentum=0.0, norm_threshold=0.0, form="diffusers")(C, U, step(level=level))
+    d_c, d_u = (to_x0(out, X, level, "flow_prediction") for out in (C, U))
+    update = projected_update(d_c - d_u, d_c, 0.0, 0.0)
+    torch.testing.assert_close(to_x0(guided, X, level, "flow_prediction"), d_u + 3 * update)
+
+
+def test_during_the_cfg_steps_it_is_cfg_at_their_scale_and_the_momentum_gathers():
+    """Buffers of c - u = (2, 4) three times at -0.5: (2, 4), (1, 2), (1.5, 3); c + 2 m at step 2."""
+    rule, state = native(eta=1.0, momentum=-0.5, cfg_steps=2, cfg_scale=2.0), {}
+    for i, (buffer, expected) in enumerate((((2, 4), (5, 8)), ((1, 2), (5, 8)), ((1.5, 3), (6, 10)))):
+        near(rule(C, U, step(state=state, index=i)), expected)
+        near(state["momentum"], buffer)
+    c, u = random(2, 4, 8, 8)
+    assert torch.equal(APG(7.5, cfg_steps=1)(c, u, step(c)), CFG(3.5)(c, u, step(c)))
+
+
+def test_the_cfg_steps_hold_for_neutral_options_too():
+    rule = APG(7.0, eta=1.0, norm_threshold=0.0, momentum=0.0, cfg_steps=1, cfg_scale=2.0)
+    near(rule(C, U, step()), (5, 8))
+    near(rule(C, U, step(index=1)), (15, 28))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -214,6 +249,12 @@ def test_the_momentum_of_one_call_does_not_reach_the_next(scene):
         ({"momentum": float("nan")}, "APG.momentum"),
         ({"eta": float("inf")}, "APG.eta must be finite, got inf"),
         ({"space": "eps"}, "APG.space must be 'x0' or 'native', got 'eps'"),
+        ({"momentum": "high"}, "APG.momentum .* got 'high'"),
+        ({"norm_threshold": True}, "APG.norm_threshold .* got True"),
+        ({"form": "original"}, "APG.form must be 'paper' or 'diffusers', got 'original'"),
+        ({"cfg_steps": -1}, "APG.cfg_steps must be a whole number >= 0, got -1"),
+        ({"cfg_steps": 1.5}, "APG.cfg_steps"),
+        ({"cfg_scale": float("inf")}, "APG.cfg_scale must be a number in \\[0, 1000\\], got inf"),
         ({"scale": float("nan")}, "APG.scale must be a number in \\[0, 1000\\], got nan"),
         ({"scale": -1.0}, "APG.scale"),
         ({"scale": "high"}, "APG.scale .* got 'high'"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffgen.parametrization import Level
-from diffgen.pipelines import APG, CFG, AdaptiveGuidance, LinearAG, guide
+from diffgen.pipelines import APG, CFG, AdaptiveGuidance, LinearAG, Scheduled, guide
 from diffgen.pipelines.linear import Coefficients, _Collect, _solve, fit
 from diffgen.tap import StepInfo
 
@@ -168,19 +168,25 @@ def test_coefficients_of_another_run_are_refused_naming_both(fitted, scene):
             parameter.mul_(1.5)
     with pytest.raises(ValueError, match="fitted for another weights"):
         run(other, rule, call)
+    wan = scene("WanPipeline")
     with pytest.raises(ValueError, match=r"fitted for another model: SD3Transformer2DModel .* this run has Wan"):
-        wan = scene("WanPipeline")
         run(wan, rule, sd3_call(wan))
     from diffusers import FlowMatchHeunDiscreteScheduler
 
     s.pipe.scheduler, kept = FlowMatchHeunDiscreteScheduler(), s.pipe.scheduler
     try:
         with pytest.raises(
-            ValueError, match="fitted for another scheduler: FlowMatchEuler.* this run has FlowMatchHeun"
+            ValueError, match=r"fitted for another scheduler: FlowMatchEuler.* this run has FlowMatchHeun"
         ):
             run(s, rule, call)
     finally:
         s.pipe.scheduler = kept
+
+
+def test_a_scale_that_changes_on_the_way_belongs_inside(fitted):
+    s, call, rule = fitted
+    with pytest.raises(ValueError, match=r"put it outside: LinearAG\(Scheduled"):
+        run(s, Scheduled(rule), call)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path):
