@@ -10,9 +10,13 @@ from typing import Annotated
 
 import typer
 
+from diffgen import fit
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
 )
+
+app.add_typer(fit.app, name="fit")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -9,7 +9,6 @@ import math
 import re
 import shlex
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -88,8 +87,16 @@ class Plan:
         found += [("clip", str(self.clip))] if self.clip else []
         return [*found, ("batch", str(self.batch)), ("out", str(self.page))]
 
-    def command(self, between: str = " ") -> str:
-        return between.join(["diffgen compare", *(f"--{key} {shlex.quote(value)}" for key, value in self.options)])
+    def command(self, width: float = math.inf) -> str:
+        """The command, broken between options where a line would be longer than width."""
+        lines = ["diffgen compare"]
+        for key, value in self.options:
+            words = f"--{key} {shlex.quote(value)}"
+            if len(lines[-1]) + len(words) < width:
+                lines[-1] += " " + words
+            else:
+                lines.append("  " + words)
+        return " \\\n".join(lines)
 
 
 def plan(
@@ -388,7 +395,7 @@ def _page_of(todo: Plan, cells: list[Measured], numbers: dict) -> tuple[str, lis
         ),
         note=f"Prompts of the pictures, {order}: {'; '.join(shown)}.",
     )
-    sections = [Section("", commands=todo.command(" \\\n  ")), grid]
+    sections = [Section("", commands=todo.command(100)), grid]
     if plots := _plots(todo, cells, numbers):
         sections.append(plots)
     sections.append(_table(todo, cells, numbers))
@@ -557,6 +564,7 @@ def _table(todo: Plan, cells: list[Measured], numbers: dict) -> Section:
     truth = numbers["data_saturation"]
     note = "Saturation: mean HSV saturation"
     note += f" (ground-truth renders of these prompts: {truth:.3f}). " if truth is not None else ". "
+    note += "Times depend on what else the machine did. "
     note += "Contrast: standard deviation of luma. Clipped values: share of channel values at 0 or 255. "
     if todo.world:
         note += "Verified: share of images that the exact verifier of the world accepts, with the 95% Wilson interval. "

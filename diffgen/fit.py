@@ -62,15 +62,13 @@ def linear_ag(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("step", "R2 of the estimate", "R2 of u = c", "R2 of u = last u", "weights of c", "weights of past u")
+    table = Table("step", "R² of the estimate", "of u = c", "of u = the last u")
     for t in range(1, count):
-        numbers = (f"{found.r2[t]:.5f}", f"{found.r2_cond[t]:.5f}", f"{found.r2_last[t]:.5f}")
-        weights = (" ".join(f"{w:+.3f}" for w in column[t]) for column in (found.cond, found.uncond))
-        table.add_row(str(t), *numbers, *weights)
+        table.add_row(str(t), *(f"{r2[t]:.5f}" for r2 in (found.r2, found.r2_cond, found.r2_last)))
     Console().print(table)
-    inner = repr(rule)
-    use = f"guide(pipe, LinearAG({inner}, coefficients={str(out)!r}))"
-    typer.echo(f"{len(texts)} prompts; saved {out}\n{use}")
+    chosen = " ".join(option or [])
+    typer.echo(f"{len(texts)} prompts, {count} steps; saved {out}")
+    typer.echo(f"--guidance linear_ag+{guidance} --set coefficients={out} {chosen}".rstrip() + f" --steps {count}")
 
 
 @app.command("ag")

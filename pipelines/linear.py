@@ -219,7 +219,9 @@ def _remember(step: StepInfo, cond: torch.Tensor, uncond: torch.Tensor, history:
 
 def _beside(pipe: Any, found: dict[str, Any]) -> Coefficients:
     """The coefficients beside the model that fit this run."""
-    folder = Path(str(pipe.config.get("_name_or_path", ""))) / "linear_ag"
+    folder = (
+        Path(str(getattr(pipe, "config", {}).get("_name_or_path", ""))) / "linear_ag"
+    )  # a modular guider knows none
     known = [Coefficients.load(path) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
     for coefficients in known:
         if not any(_differs(name, coefficients.made_for.get(name), value) for name, value in found.items()):

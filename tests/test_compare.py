@@ -105,7 +105,7 @@ def test_the_numbers_of_the_page_are_those_of_the_json(made):
 def test_the_command_on_the_page_makes_the_same_numbers(made, tmp_path):
     numbers, _ = made
     shown = unescape(re.search(r"<pre>(.*?)</pre>", page_of(made[1]), re.S)[1])
-    assert shown.replace(" \\\n ", "") == numbers["command"]
+    assert shown.replace(" \\\n ", "") == numbers["command"] != shown
     words = [*shlex.split(numbers["command"])[1:-1], str(tmp_path / "page.html"), "--json", "--quiet"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
@@ -215,5 +215,5 @@ def test_another_model_is_compared_by_similarity_and_by_clip(tmp_path):
     assert scored["quality"]["measure"] == "clip"
     value = scored["cells"][0]["clip"]
     assert value["low"] <= value["value"] <= value["high"]
-    assert 0 < value["value"] <= 100
+    assert 0 <= value["value"] <= 100
     assert "CLIP score" in page_of(tmp_path / "b")

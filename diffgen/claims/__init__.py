@@ -29,19 +29,23 @@ class Check:
     """What a pair must show. result - baseline >= margin at every seed (with better="lower": baseline - result).
 
     margin None: "not worse", the 95% interval of the difference over seeds reaches 0 or lies on the better side.
-    measured: the quantity and its unit.
+    report: nothing is demanded; the verdict says on which side of 0 the interval lies. measured: the quantity and its unit.
     """
 
     text: str
     measured: str
-    margin: float | None
+    margin: float | None = None
     better: str = "higher"
+    report: bool = False
 
     def verdict(self, pairs: list[tuple[float, float]]) -> dict[str, Any]:
         sign = 1 if self.better == "higher" else -1
         differences = [result - baseline for baseline, result in pairs]
         mean, interval = statistics.mean(differences), t_interval(differences)
-        if self.margin is None:
+        if self.report:
+            low, high = sorted(sign * x for x in (interval or (0.0, 0.0)))
+            verdict = "better" if low > 0 else "worse" if high < 0 else "no difference seen"
+        elif self.margin is None:
             best = max(sign * x for x in (interval or differences))
             verdict = "holds" if best >= 0 else "fails"
         else:
@@ -63,7 +67,7 @@ class Check:
 class Claim:
     """measure(seed) -> {check: (baseline, result)}, and under "details" anything else worth keeping (curves, settings).
 
-    A claim without checks reports what a method does, whatever that is.
+    A claim whose checks only report says what a method does, whatever that is.
     """
 
     text: str
@@ -90,7 +94,7 @@ def claims() -> dict[str, Claim]:
 def run(name: str, seeds: list[int]) -> dict:
     """Runs the claim and writes its result, together with seeds measured before by the same versions.
 
-    verdict: holds (every check does), fails (one does), else null; "reported" where there is nothing to check.
+    verdict: holds (every check does), fails (one does), else null; "reported" where nothing is demanded.
     """
     known = claims()
     if name not in known:
