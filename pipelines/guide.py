@@ -12,7 +12,7 @@ import torch
 from diffgen.pipelines.base import Guidance
 from diffgen.pipelines.post import Rescale
 from diffgen.pipelines.schedule import Experts
-from diffgen.table import Row, denoisers, row_for
+from diffgen.table import FROM_SOURCE, Row, denoisers, row_for
 from diffgen.tap import Tap, bind_method
 
 
@@ -77,6 +77,12 @@ def guide(pipe: Any, rule: Guidance | None) -> Run | None:
     if not row.known:
         warnings.warn(
             f"{type(pipe).__name__} is not in the pipeline table; its layout is guessed from its calls. "
+            "diffgen.check(pipe, prompt) compares CFG through the tap with the stock pipeline",
+            stacklevel=2,
+        )
+    if any(cls.__name__ in FROM_SOURCE for cls in type(pipe).__mro__):
+        warnings.warn(
+            f"the row of {type(pipe).__name__} in the pipeline table was read off its source; no test runs this class. "
             "diffgen.check(pipe, prompt) compares CFG through the tap with the stock pipeline",
             stacklevel=2,
         )

@@ -118,6 +118,9 @@ class Experts(Wrapper):
         super().__post_init__()
         require(self, "second", isinstance(self.second, Guidance), "a Guidance")
 
+    def begin(self, pipe, step: StepInfo) -> None:
+        self._of(step).begin(pipe, step)
+
     def _of(self, step: StepInfo) -> Guidance:
         return self.second if step.denoiser.endswith("_2") and self.second is not None else self.inner
 

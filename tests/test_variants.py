@@ -11,8 +11,8 @@ from PIL import Image
 
 from diffgen.pipelines import CFG, guide
 from diffgen.pipelines.guide import apply_rule, tap
-from diffgen.table import ROWS, UNSUPPORTED, denoisers, row_for, row_of
-from diffgen.tiny import _lively, _vae, call_kwargs, tiny_pipeline
+from diffgen.table import FROM_SOURCE, ROWS, UNSUPPORTED, denoisers, row_for, row_of
+from diffgen.tiny import TINY, _lively, _vae, call_kwargs, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*guidance-distilled")
 
@@ -459,3 +459,9 @@ def test_every_class_in_the_table_exists_and_stands_there_once():
 def test_classes_that_do_something_else_are_refused_with_the_reason(name, reason):
     with pytest.raises(ValueError, match=f"{name} cannot be tapped: .*{reason}"):
         row_of(getattr(diffusers, name))
+
+
+def test_every_row_is_run_here_or_says_that_no_test_runs_it():
+    run = {f"{name.split()[0]}Pipeline" for name in VARIANTS} | set(TINY)
+    assert run | FROM_SOURCE == set(ROWS)
+    assert not run & FROM_SOURCE
