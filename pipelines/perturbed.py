@@ -35,7 +35,7 @@ _OUTPUTS = {
 }
 
 
-def blocks(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def blocks(module: Any) -> dict[str, torch.nn.Module]:
     """The transformer blocks of a denoiser by name, in the order of its modules; refiners of the text are left out."""
     module = getattr(module, "_orig_mod", module)
     module = module.get_base_model() if hasattr(module, "get_base_model") else module
@@ -106,7 +106,7 @@ def skip_blocks(layers: Layers) -> Alter:
     return alter
 
 
-def _identity(cls: type) -> Callable:
+def _identity(cls: Any) -> Callable:
     signature = inspect.signature(cls.forward)
     hidden_name = list(signature.parameters)[1]
     if cls.__name__ in _OUTPUTS:

@@ -88,7 +88,8 @@ def test_methods_lists_every_stage_as_json():
     assert {"guidance", "reward", "advantage", "select", "objective", "regularizer", "optimizer"} == {
         r["stage"] for r in rows
     }
-    assert {"cfg", "apg"} == {r["name"] for r in rows if r["stage"] == "guidance"}
+    assert {"cfg", "apg", "ag", "linear_ag"} <= {r["name"] for r in rows if r["stage"] == "guidance"}
+    assert all(r["summary"] for r in rows)
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,10 @@ def _pipe():
 @functools.cache
 def _reference() -> torch.Tensor:
     from diffgen.eval.extractors import get_extractor
-    from diffgen.eval.images import load_images
     from diffgen.worlds import shapes
 
     images, _ = shapes.dataset(2000, seed=31, split="all")
-    return get_extractor("efficientnet-lite0")(load_images(images))
+    return get_extractor("efficientnet-lite0")(torch.from_numpy(images))
 
 
 def _prompts(seed: int, n: int = N) -> list[str]:
@@ -83,7 +82,7 @@ def _measure(drawn: Drawn, seed: int, reference: Drawn | None = None, n: int = N
     if reference is not None:
         ours, theirs = drawn.images.float(), reference.images.float()
         psnr = peak_signal_noise_ratio(ours, theirs, data_range=255.0, reduction="none", dim=(1, 2, 3))
-        ssim = structural_similarity_index_measure(ours, theirs, data_range=255.0)
+        ssim: Any = structural_similarity_index_measure(ours, theirs, data_range=255.0)
         found |= {"psnr": float(psnr.clamp_max(60).mean()), "ssim": float(ssim)}
     return {k: round(v, 5) for k, v in found.items()}
 
