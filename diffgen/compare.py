@@ -245,7 +245,8 @@ def _sample(pipe, rule: Guidance, todo: Plan, cell: Measured, tick: Callable[[in
     extra: dict[str, Any] = {"num_inference_steps": todo.steps} if todo.steps else {}
     steps = todo.steps or inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
     extra |= {"negative_prompt": todo.negative} if todo.negative is not None else {}
-    rule = specs.fit(rule, pipe, list(dict.fromkeys(todo.prompts))[:16], steps)
+    others = shapes.prompts(64, seed=2, split="all") if todo.world else list(dict.fromkeys(todo.prompts))[:64]
+    rule = specs.fit(rule, pipe, others, steps)
     drawn = draw(pipe, rule, todo.prompts, todo.seed, batch_size=todo.batch, tick=tick, **extra)
     cell.images, cell.nfe, cell.seconds_per_image = drawn.images, drawn.nfe, drawn.seconds
 

@@ -48,7 +48,7 @@ def merged(extra):
         ({"optimizer": {"name": "adamw", "betas": [0.9]}}, ["optimizer: ", "'betas'", "got [0.9]"]),
         ({"optimizer": "adam"}, ["optimizer: ", "'adam' is unknown", "did you mean 'adamw'?"]),
         ({"rollout": {"guidance": {"name": "cgf"}}}, ["rollout.guidance: ", "'cgf' is unknown", "did you mean 'cfg'?"]),
-        ({"rollout": {"guidance": {"name": "cfg", "scale": -1}}}, ["rollout.guidance: ", "CFG.scale", ">= 0, got -1"]),
+        ({"rollout": {"guidance": {"name": "cfg", "scale": -1}}}, ["rollout.guidance: ", "CFG.scale", "in [0, 1000], got -1"]),
         ({"evaluation": {"guidance": {"name": "cfg", "scal": 1}}},
          ["evaluation.guidance: ", "'scal'", "did you mean 'scale'?"]),
         ({"train": {"steps": -3}}, ["train.steps: ", "greater than or equal to 1", "got -3"]),
