@@ -81,6 +81,7 @@ def sample(
     import torch
 
     from diffgen.eval.images import load_images
+    from diffgen.files import check_writable
     from diffgen.grid import save_grid
     from diffgen.loading import load
     from diffgen.pipelines import guide, specs
@@ -90,6 +91,7 @@ def sample(
     if not texts:
         raise ValueError('no prompt given: diffgen sample "a red circle", or --prompt "a red circle"')
     rule = specs.rule(guidance, specs.assignments(pairs))
+    check_writable(out / "grid.png", "--out")
     pipe = load(model)
     extra: dict = {"num_inference_steps": steps} if steps else {}
     if negative_prompt is not None:
@@ -102,7 +104,9 @@ def sample(
     for i, image in enumerate(images):
         image.save(out / f"{i:03d}.png")
     save_grid(load_images(images), out / "grid.png")
-    typer.echo(f"{len(images)} images and grid.png in {out}; NFE {run.nfe:g} (denoiser evaluations a sample)")
+    typer.echo(
+        f"{len(images)} image{'s' * (len(images) > 1)} and grid.png in {out}; NFE {run.nfe:g} (denoiser evaluations a sample)"
+    )
 
 
 @app.command()

@@ -7,10 +7,8 @@ import inspect
 import json
 import math
 import re
-import shlex
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,85 +16,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from diffgen.compare_page import Measured, Plan, Value, listed, page, text
 from diffgen.eval import evaluate
-from diffgen.eval.report import MARKERS, Cell, Matrix, Section, label_points, picture, plot, write_report, write_text
+from diffgen.eval.report import write_report
+from diffgen.eval.similarity import similarity
+from diffgen.files import write_text
 from diffgen.loading import load
-from diffgen.pipelines import Guidance, draw, specs
+from diffgen.pipelines import AdaptiveGuidance, Guidance, LinearAG, draw, specs
+from diffgen.pipelines.base import Wrapper
 from diffgen.worlds import WORLDS, shapes
 
-SHOWN = 16  # pictures in a cell
 STATISTICS = ("saturation", "contrast", "clipping")
-Value = dict[str, float | None]  # value, low, high (95%)
-
-
-@dataclass
-class Measured:
-    """One rule at one scale. psnr is None for the reference rule itself, and where the images are the same."""
-
-    rule: str
-    scale: float
-    error: str = ""
-    nfe: float | None = None
-    seconds_per_image: float | None = None
-    saturation: Value | None = None
-    contrast: Value | None = None
-    clipping: Value | None = None
-    verified: Value | None = None
-    clip: Value | None = None
-    psnr: float | None = None
-    ssim: float | None = None
-    images: torch.Tensor | None = None  # uint8 [N, 3, H, W]
-
-    def row(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "images"}
-
-
-@dataclass
-class Plan:
-    """What is asked for, checked: nothing that can be known beforehand fails after the first picture was made."""
-
-    model: str
-    rules: dict[str, Callable[[float], Guidance]]  # by what the user wrote
-    scales: list[float]
-    prompts: list[str]  # one an image
-    given: list[str]  # the user's own prompts, once each
-    per_prompt: int
-    steps: int | None
-    seed: int
-    page: Path
-    clip: Path | None
-    negative: str | None
-    batch: int
-
-    @property
-    def world(self) -> bool:
-        return self.model == "shapes"
-
-    @property
-    def options(self) -> list[tuple[str, str]]:
-        """The command line's options that give this plan."""
-        found = [
-            ("model", self.model),
-            ("rules", ",".join(self.rules)),
-            ("scales", ",".join(f"{s:g}" for s in self.scales)),
-        ]
-        found += [("prompt", prompt) for prompt in self.given]
-        found += [("images-per-prompt", str(self.per_prompt)), ("seed", str(self.seed))]
-        found += [("steps", str(self.steps))] if self.steps else []
-        found += [("negative-prompt", self.negative)] if self.negative is not None else []
-        found += [("clip", str(self.clip))] if self.clip else []
-        return [*found, ("batch", str(self.batch)), ("out", str(self.page))]
-
-    def command(self, width: float = math.inf) -> str:
-        """The command, broken between options where a line would be longer than width."""
-        lines = ["diffgen compare"]
-        for key, value in self.options:
-            words = f"--{key} {shlex.quote(value)}"
-            if len(lines[-1]) + len(words) < width:
-                lines[-1] += " " + words
-            else:
-                lines.append("  " + words)
-        return " \\\n".join(lines)
 
 
 def plan(
@@ -117,6 +47,8 @@ def plan(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     strengths = [_scale(text) for text in _list(scales, "scales", "2,4,8")]
+    if len({f"{s:g}" for s in strengths}) < len(strengths):
+        raise ValueError(f"--scales {scales!r} names a number twice")
     builders = {text: _builder(text, strengths) for text in _list(rules, "rules", "cfg,apg")}
     given = list(prompts or [])
     if any(not prompt.strip() for prompt in given):
@@ -150,7 +82,7 @@ def plan(
 
 
 def compare(todo: Plan, *, device=None, dtype=None, quiet: bool = False) -> dict[str, Any]:
-    """Samples, measures, writes the page and compare.json beside it; returns what is in the latter."""
+    """Samples, measures, writes the page and its numbers as JSON beside it; returns the latter."""
     pipe = load(todo.model, device=device, dtype=dtype)
     if todo.negative is not None and "negative_prompt" not in inspect.signature(pipe.__call__).parameters:
         raise ValueError(f"{type(pipe).__name__} takes no negative prompt")
@@ -177,9 +109,9 @@ def compare(todo: Plan, *, device=None, dtype=None, quiet: bool = False) -> dict
     if all(cell.error for cell in cells):
         raise RuntimeError(f"no rule could run on {todo.model!r}; the first error: {cells[0].error}")
     numbers = _numbers(todo, cells, type(pipe).__name__)
-    text = json.dumps(numbers, indent=1, allow_nan=False)
-    write_report(todo.page, *_page_of(todo, cells, numbers))
-    write_text(todo.page.with_name("compare.json"), text + "\n")
+    dumped = json.dumps(numbers, indent=1, allow_nan=False)
+    write_report(todo.page, *page(todo, cells, numbers))
+    write_text(todo.json, dumped + "\n")
     return numbers
 
 
@@ -211,7 +143,10 @@ def _scale(text: str) -> float:
 
 def _builder(text: str, scales: list[float]) -> Callable[[float], Guidance]:
     """Scale -> the rule; built once for every scale here, so that what it refuses is known before sampling."""
-    spec, options = specs.parse(text)
+    try:
+        spec, options = specs.parse(text)
+    except ValueError as error:
+        raise ValueError(f"--rules {text!r}: {error}") from None
     if "scale" in options:
         raise ValueError(f"--rules {text!r}: scales are given by --scales, for all rules")
 
@@ -243,31 +178,71 @@ def _page(out: Path) -> Path:
 def _sample(pipe, rule: Guidance, todo: Plan, cell: Measured, tick: Callable[[int], Any]) -> None:
     """Fills in images, nfe and seconds_per_image. Image i has its own seed, the same in every cell."""
     extra: dict[str, Any] = {"num_inference_steps": todo.steps} if todo.steps else {}
-    steps = todo.steps or inspect.signature(pipe.__call__).parameters["num_inference_steps"].default
-    extra |= {"negative_prompt": todo.negative} if todo.negative is not None else {}
-    others = shapes.prompts(64, seed=2, split="all") if todo.world else list(dict.fromkeys(todo.prompts))[:64]
-    rule = specs.fit(rule, pipe, others, steps)
-    drawn = draw(pipe, rule, todo.prompts, todo.seed, batch_size=todo.batch, tick=tick, **extra)
+    negative = {"negative_prompt": todo.negative} if todo.negative is not None else {}
+    known = set(todo.prompts)
+    others = [p for p in shapes.prompts(256, seed=2, split="all") if p not in known] if todo.world else []
+    others = (others or list(dict.fromkeys(todo.prompts)))[:64]
+    given = rule
+    rule = specs.fit(rule, pipe, others, batch_size=todo.batch, **extra, **negative)
+    cell.fitted = _fitted(given, rule, others, other=todo.world)
+    drawn = draw(pipe, rule, todo.prompts, todo.seed, batch_size=todo.batch, tick=tick, **extra, **negative)
     cell.images, cell.nfe, cell.seconds_per_image = drawn.images, drawn.nfe, drawn.seconds
+
+
+def _fitted(given: Guidance, rule: Guidance, prompts: list[str], other: bool) -> dict[str, Any]:
+    """What data decided about the rule: LinearAG's coefficients, AG's threshold."""
+    found: dict[str, Any] = {}
+    for before, link in zip(_links(given), _links(rule)):
+        if isinstance(before, LinearAG):
+            here = before.coefficients is None
+            found["linear_ag"] = {"prompts": len(prompts), "other_prompts": other} if here else "coefficients given"
+        if isinstance(link, AdaptiveGuidance):
+            default = link.threshold == AdaptiveGuidance.threshold
+            found["ag"] = {"threshold": f"{link.threshold:g}", "default": default}
+    return found
+
+
+def _links(rule: Guidance) -> list[Guidance]:
+    return [rule, *(rule.inside if isinstance(rule, Wrapper) else [])]
+
+
+def _sentences(cells: list[Measured]) -> list[str]:
+    """What was fitted, once a rule."""
+    found = []
+    for cell in cells:
+        match cell.fitted.get("linear_ag"):
+            case {"prompts": n, "other_prompts": other}:
+                what = f"{n} other prompts" if other else f"these prompts ({n}) with other noise"
+                found.append(f"{cell.rule}: coefficients fitted on {what} at each scale, not counted in NFE or time.")
+        match cell.fitted.get("ag"):
+            case {"threshold": threshold, "default": True}:
+                found.append(
+                    f"{cell.rule}: threshold {threshold}, the default, not calibrated for this model and number of steps "
+                    "(diffgen fit ag calibrates)."
+                )
+            case {"threshold": threshold}:
+                found.append(f"{cell.rule}: threshold {threshold}, as given.")
+    return list(dict.fromkeys(found))
 
 
 def _measure(cell: Measured, todo: Plan, clip_score, reference: torch.Tensor | None) -> None:
     assert cell.images is not None
-    verifier = shapes.verify if todo.world else None
+    verifier = None
+    if todo.world:
+        cell.results = answers = torch.as_tensor(shapes.verify(cell.images, todo.prompts)).double()
+        verifier = lambda images, prompts: answers  # noqa: E731
     result = evaluate(cell.images, prompts=todo.prompts, metrics=STATISTICS, verifier=verifier, ci_samples=0)
     for name, score in result.scores.items():
         value = {"value": score.value, "low": score.low, "high": score.high}
         setattr(cell, "verified" if name == "verifier" else name, value)
     if clip_score:
-        cell.clip = _mean(clip_score(cell.images, todo.prompts))
+        scores = clip_score(cell.images, todo.prompts)
+        cell.clip = _mean(scores)
+        if not todo.world:
+            cell.results = scores
     if reference is not None:
-        from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
-        pair = (cell.images.double() / 255, reference.double() / 255)
-        psnr = float(peak_signal_noise_ratio(*pair, data_range=1.0))
-        cell.psnr = psnr if math.isfinite(psnr) else None
-        ssim: Any = structural_similarity_index_measure(*pair, data_range=1.0)
-        cell.ssim = float(ssim)
+        found = similarity(cell.images, reference)
+        cell.psnr, cell.ssim = None if torch.equal(cell.images, reference) else found["psnr"], found["ssim"]
 
 
 def _mean(values: torch.Tensor) -> Value:
@@ -308,20 +283,6 @@ def _clip_scorer(folder: Path) -> Callable[[torch.Tensor, list[str]], torch.Tens
 # ---------------------------------------------------------------------------------------------------------- the numbers
 
 
-def _quality(todo: Plan) -> tuple[str, str]:
-    """(attribute of Measured, its name in words) of what the plots call quality."""
-    if todo.world:
-        return "verified", "share verified"
-    if todo.clip:
-        return "clip", "CLIP score"
-    return "psnr", f"PSNR to {next(iter(todo.rules))}, dB"
-
-
-def _value(cell: Measured, name: str) -> Any:  # float or None
-    found = getattr(cell, name)
-    return found["value"] if isinstance(found, dict) else found
-
-
 def front(points: list[tuple[float, float]]) -> list[int]:
     """Indices of the points (cost, quality) that no other one beats: none is at most as costly and at least as good."""
 
@@ -345,18 +306,19 @@ def _data_saturation(todo: Plan) -> float | None:
 
 
 def _numbers(todo: Plan, cells: list[Measured], pipeline: str) -> dict[str, Any]:
-    key, words = _quality(todo)
+    key, words = todo.quality
     truth = _data_saturation(todo)
-    shown = [i for i, cell in enumerate(cells) if _value(cell, key) is not None]
-    quality = [_value(cells[i], key) for i in shown]
-    saturation = [_value(cells[i], "saturation") for i in shown]
+    ranking = _ranking(todo, cells)
+    shown = [] if len(todo.prompts) < 2 else [i for i, cell in enumerate(cells) if cell.get(key) is not None]
+    quality = [cells[i].get(key) for i in shown]
+    saturation = [cells[i].get("saturation") for i in shown]
     costs = {"nfe": [cells[i].nfe for i in shown], "saturation": [abs(v - (truth or 0.0)) for v in saturation]}
     return {
         "schema_version": 1,
         "command": todo.command(),
         "model": todo.model,
         "pipeline": pipeline,
-        "reference": next(iter(todo.rules)),
+        "reference": todo.reference,
         "scales": todo.scales,
         "prompts": list(dict.fromkeys(todo.prompts)),
         "negative_prompt": todo.negative,
@@ -364,7 +326,9 @@ def _numbers(todo: Plan, cells: list[Measured], pipeline: str) -> dict[str, Any]
         "images": len(todo.prompts),
         "steps": todo.steps,
         "seed": todo.seed,
-        "finding": _lead(todo, cells, _best(todo, cells)),
+        "finding": _finding(todo, cells, ranking),
+        "ranking": ranking,
+        "fitted": _sentences(cells),
         "quality": {"measure": key, "name": words},
         "data_saturation": truth,
         "pareto": {
@@ -376,201 +340,70 @@ def _numbers(todo: Plan, cells: list[Measured], pipeline: str) -> dict[str, Any]
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- the page
+def apart(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether results of the same prompts and seeds, [N] each, differ beyond the noise, at 5%.
+
+    McNemar's exact test where they are 0 or 1, else the paired t-test.
+    """
+    from scipy import stats
+
+    difference = (a - b).double()
+    if bool(((a == 0) | (a == 1)).all() and ((b == 0) | (b == 1)).all()):
+        won, lost = int((difference > 0).sum()), int((difference < 0).sum())
+        return won + lost > 0 and stats.binomtest(won, won + lost).pvalue < 0.05
+    n = len(difference)
+    margin = stats.t.ppf(0.975, n - 1) * float(difference.std()) / math.sqrt(n) if n > 1 else math.inf
+    return abs(float(difference.mean())) > margin
 
 
-def _page_of(todo: Plan, cells: list[Measured], numbers: dict) -> tuple[str, list[Section], str]:
-    names = list(todo.rules)
-    title = f"{_and(names)} on {todo.model}" if len(names) < 5 else f"{len(names)} guidance rules on {todo.model}"
-    best = _best(todo, cells)
-    n = len(todo.prompts)
-    per = f"{n} images a cell" + (f", {todo.per_prompt} a prompt" if todo.per_prompt > 1 else "")
-    shown = list(dict.fromkeys(todo.prompts[:SHOWN]))
-    order = "row by row" if len(shown) == min(SHOWN, n) else "row by row, again and again"
-    grid = Section(
-        "Every rule at every scale",
-        f"{per}; image i has the same prompt and the same seed in every cell. Point at a cell, or press Tab, for its numbers.",
-        matrix=Matrix(
-            [f"scale {scale:g}" for scale in todo.scales],
-            [(name, [_cell(c, c is best, todo) for c in cells if c.rule == name]) for name in names],
-        ),
-        note=f"Prompts of the pictures, {order}: {'; '.join(shown)}.",
-    )
-    sections = [Section("", commands=todo.command(100)), grid]
-    if plots := _plots(todo, cells, numbers):
-        sections.append(plots)
-    sections.append(_table(todo, cells, numbers))
-    return title, sections, numbers["finding"]
+def _ranking(todo: Plan, cells: list[Measured]) -> dict[str, Any] | None:
+    """The settings of highest quality (cheapest first), those no test tells apart from them, and the best where it is one.
+
+    None where there is no measure that looks at the prompt, or too little to rank by it.
+    """
+    key, _ = todo.quality
+    able = [cell for cell in cells if cell.results is not None and not cell.error]
+    if key == "psnr" or len(todo.prompts) < 2 or len(able) < 2:
+        return None
+    top = max(cell.get(key) for cell in able)
+    highest = sorted((cell for cell in able if cell.get(key) == top), key=lambda cell: cell.nfe)
+    near = [cell for cell in able if cell not in highest and not apart(highest[0].results, cell.results)]
+    named = {name: [[c.rule, c.scale] for c in found] for name, found in (("highest", highest), ("not_apart", near))}
+    return {**named, "best": None if near or len(highest) > 1 else named["highest"][0], "of": len(able)}
 
 
-def _and(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
-
-
-def _best(todo: Plan, cells: list[Measured]) -> Measured | None:
-    """The cell of highest quality, by a measure that looks at the prompt; of equals the cheapest."""
-    key, _ = _quality(todo)
-    able = [cell for cell in cells if key != "psnr" and _value(cell, key) is not None]
-    return max(able, key=lambda cell: (_value(cell, key), -(cell.nfe or 0)), default=None)
-
-
-def _lead(todo: Plan, cells: list[Measured], best: Measured | None) -> str:
+def _finding(todo: Plan, cells: list[Measured], ranking: dict[str, Any] | None) -> str:
     failed = sum(bool(cell.error) for cell in cells)
     tail = f" {failed} of {len(cells)} cells failed; they say why." if failed else ""
-    if best is None:
-        first = next(iter(todo.rules))
-        return f"{len(cells)} settings from the same seeds; images are compared with those of {first}.{tail}"
-    key, words = _quality(todo)
-    score = getattr(best, key)
-    others = [cell for cell in cells if _value(cell, key) is not None and cell is not best]
-    within = sum(_value(cell, key) >= (math.inf if score["low"] is None else score["low"]) for cell in others)
-    doubt = f" {within} of the other {len(others)} settings lie within that interval." if within else ""
-    return (
-        f"Highest {words}: {best.rule} at scale {best.scale:g}, with {_text(best, key)} at {best.nfe:g} denoiser "
-        f"evaluations an image.{doubt}{tail}"
-    )
-
-
-FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "nfe": ("Evaluations (NFE)", lambda v: f"{v:.4g}"),
-    "seconds_per_image": ("Time an image", lambda v: f"{v:.2f} s" if v >= 1 else f"{1000 * v:.0f} ms"),
-    "verified": ("Verified", lambda v: f"{v:.1%}"),
-    "clip": ("CLIP score", lambda v: f"{v:.2f}"),
-    "saturation": ("Saturation", lambda v: f"{v:.3f}"),
-    "contrast": ("Contrast", lambda v: f"{v:.3f}"),
-    "clipping": ("Clipped values", lambda v: f"{v:.1%}"),
-    "psnr": ("PSNR", lambda v: f"{v:.1f} dB"),
-    "ssim": ("SSIM", lambda v: f"{v:.3f}"),
-}
-
-
-def _text(cell: Measured, name: str, interval: bool = True) -> str:
-    value, (_, form) = _value(cell, name), FORMATS[name]
-    if value is None:
-        return "same images" if name == "psnr" and cell.ssim is not None else "–"
-    full = getattr(cell, name)
-    if interval and name in ("verified", "clip") and isinstance(full, dict) and full["low"] is not None:
-        return f"{form(value)} [{form(full['low'])}, {form(full['high'])}]"
-    return form(value)
-
-
-def _columns(cells: list[Measured]) -> list[str]:
-    """Measures that some cell has."""
-    return [name for name in FORMATS if any(_value(cell, name) is not None for cell in cells)]
-
-
-def _cell(cell: Measured, best: bool, todo: Plan) -> Cell:
-    if cell.error:
-        return Cell(error=cell.error, details=[("Error", cell.error.split(":")[0])])
-    assert cell.images is not None
-    key, _ = _quality(todo)
-    unit = {"verified": " verified", "clip": " CLIP", "psnr": f" to {next(iter(todo.rules))}"}[key]
-    first = "reference" if _value(cell, key) is None and cell.ssim is None else _text(cell, key, False) + unit
-    lines = [first, f"{_text(cell, 'nfe')} NFE · {_text(cell, 'seconds_per_image')}"]
-    lines.append(f"sat. {_text(cell, 'saturation')} · clip. {_text(cell, 'clipping')}")
-    details = [(FORMATS[name][0], _text(cell, name)) for name in _columns([cell])]
-    if cell.rule == next(iter(todo.rules)):
-        details.append(("PSNR, SSIM", "is the reference"))
-    pictures = [picture(_thumbnail(i), p) for i, p in zip(cell.images[:SHOWN], todo.prompts)]
-    return Cell(pictures, lines, details, best=best)
-
-
-def _thumbnail(image: torch.Tensor):
-    """uint8 [3, H, W] -> PIL image of at most 256 pixels; the browser enlarges small ones without smoothing."""
-    from PIL import Image
-
-    shown = Image.fromarray(image.permute(1, 2, 0).numpy())
-    if max(shown.size) > 256:
-        shown.thumbnail((256, 256), Image.Resampling.LANCZOS)
-    return shown
-
-
-def _plots(todo: Plan, cells: list[Measured], numbers: dict) -> Section | None:
-    key, words = _quality(todo)
-    able = [cell for cell in cells if _value(cell, key) is not None]
-    if not able:
-        return None
-    names = list(todo.rules)
-    wide = len(names) > 4
-    size = (9.4, 5.0) if wide else (4.6, 4.2)
-
-    def draw(x: str, label: str) -> Callable:
-        def on(axes) -> None:
-            drawn = [name for name in names if any(c.rule == name for c in able)]
-            dodge = _dodge(able, drawn) if x == "nfe" else dict.fromkeys(drawn, 0.0)
-            points, texts, colors = [], [], []
-            ringed = [tuple(pair) for pair in numbers["pareto"][x]]
-            for name in drawn:
-                mine = [c for c in able if c.rule == name]
-                xy = [((_value(c, x) or 0) + dodge[name], _value(c, key) or 0) for c in mine]
-                k = names.index(name)
-                axes.plot(*zip(*xy), MARKERS[k % len(MARKERS)] + "-", color=f"C{k}", ms=6, lw=1.4, label=name, zorder=3)
-                best = [p for c, p in zip(mine, xy) if (c.rule, c.scale) in ringed]
-                if best:
-                    axes.plot(*zip(*best), "o", ms=12, mfc="none", mec=f"C{k}", mew=1.5, zorder=2)
-                for point in dict.fromkeys(xy):  # scales that fall on one point share its label
-                    points.append(point)
-                    texts.append(", ".join(f"{c.scale:g}" for c, p in zip(mine, xy) if p == point))
-                    colors.append(f"C{k}")
-            axes.plot([], [], "o", ms=11, mfc="none", mec=axes.xaxis.label.get_color(), mew=1.5, label="Pareto front")
-            if x == "saturation" and numbers["data_saturation"] is not None:
-                ink = axes.xaxis.label.get_color()
-                axes.axvline(numbers["data_saturation"], ls=(0, (4, 3)), lw=1.2, color=ink, label="data", zorder=1)
-            axes.margins(0.13, 0.15)
-            axes.locator_params(axis="x", nbins=10 if wide else 6)
-            if x == "nfe":  # at least as wide as 40% of the cost, so that equal costs look equal
-                low, high = axes.get_xlim()
-                short = max(0.0, 0.4 * max(c.nfe or 0.0 for c in able) - (high - low))
-                axes.set_xlim(low - short / 2, high + short / 2)
-            if key == "verified":
-                axes.yaxis.set_major_formatter("{x:.0%}")
-            axes.set(xlabel=label, ylabel=words)
-            axes.figure.legend(loc="outside lower center", ncols=6 if wide else 4, columnspacing=1.4, handlelength=1.8)
-            label_points(axes, points, texts, colors)
-
-        return on
-
-    near = "with so little saturation"
-    if numbers["data_saturation"] is not None:
-        near = "and as close to the saturation of the data (dashed)"
-    side = " Rules at equal cost are set side by side." if any(_dodge(able, names).values()) else ""
-    noun, good = ("Similarity", f"close to {names[0]}") if key == "psnr" else ("Quality", "good")
-    costs = f"No other setting is as {good} at so few evaluations.{side}"
-    return Section(
-        f"{noun} against cost, {noun.lower()} against saturation",
-        "Numbers at the points are scales. A ring marks the Pareto front: no other setting is better in both directions.",
-        figures=[
-            plot(draw("nfe", "denoiser evaluations an image (NFE)"), costs, size),
-            plot(draw("saturation", "mean saturation"), f"No other setting is as {good} {near}.", size),
-        ],
-    )
-
-
-def _dodge(cells: list[Measured], names: list[str]) -> dict[str, float]:
-    """Shift of each rule's points in x, where rules would lie on each other for costing the same."""
-    costs = {name: [c.nfe or 0.0 for c in cells if c.rule == name] for name in names}
-    every = [v for values in costs.values() for v in values]
-    shared = [n for n in names if any(set(costs[n]) & set(costs[m]) for m in names if m != n)]
-    width = 0.025 * ((max(every) - min(every)) or max(every) or 1.0)
-    return {n: (shared.index(n) - (len(shared) - 1) / 2) * width if n in shared else 0.0 for n in names}
-
-
-def _table(todo: Plan, cells: list[Measured], numbers: dict) -> Section:
-    columns = _columns(cells)
-    rows = [["rule", "scale", *(FORMATS[name][0] for name in columns)]]
-    for cell in cells:
-        values = [_text(cell, name) for name in columns]
-        rows.append([cell.rule, f"{cell.scale:g}", *(["failed"] + ["–"] * (len(values) - 1) if cell.error else values)])
-    first = next(iter(todo.rules))
-    truth = numbers["data_saturation"]
-    note = "Saturation: mean HSV saturation"
-    note += f" (ground-truth renders of these prompts: {truth:.3f}). " if truth is not None else ". "
-    note += "Times depend on what else the machine did. "
-    note += "Contrast: standard deviation of luma. Clipped values: share of channel values at 0 or 255. "
-    if todo.world:
-        note += "Verified: share of images that the exact verifier of the world accepts, with the 95% Wilson interval. "
-    if todo.clip:
-        note += f"CLIP score: 100 times the cosine of image and prompt, by {todo.clip}, with 95% intervals. "
-    if len(todo.rules) > 1:
-        note += f"PSNR and SSIM compare with the images of {first} at the same scale. "
-    return Section("All numbers", table=rows, note=note + "The same numbers, with intervals, are in compare.json.")
+    key, words = todo.quality
+    n = len(todo.prompts)
+    if ranking is None:
+        start = f"{len(cells)} setting{'s' * (len(cells) > 1)} from the same seeds"
+        if n < 2:
+            return f"{start}, one image each: too few to rank.{tail}"
+        if key == "psnr":
+            return f"{start}; images are compared with those of {todo.reference}.{tail}"
+        only = next(cell for cell in cells if not cell.error)
+        return (
+            f"{only.rule} at scale {only.scale:g}: {words} {text(only, key)}, {only.nfe:g} evaluations an image.{tail}"
+        )
+    top = [next(c for c in cells if [c.rule, c.scale] == pair) for pair in ranking["highest"]]
+    near, others = len(ranking["not_apart"]), ranking["of"] - len(top)
+    if len(top) > 1:
+        named = [f"{c.rule} at scale {c.scale:g}" for c in top]
+        named = named if len(named) < 5 else [*named[:3], f"{len(named) - 3} more"]
+        start = f"{len(top)} settings tie at the highest {words}, {text(top[0], key)}: {listed(named)}."
+        them = "them"
+    else:
+        c = top[0]
+        start = (
+            f"Highest {words}: {text(c, key)}, by {c.rule} at scale {c.scale:g} with {c.nfe:g} evaluations an image."
+        )
+        them = "it"
+    rest = "the other one" if others == 1 else f"the other {others}"
+    which = rest if near == others else f"{near} of {rest}"
+    if near:
+        doubt = f" With {n} images {which} cannot be told apart from {them}."
+    else:
+        doubt = f" {rest.capitalize()} measured lower beyond the noise of {n} images." if others else ""
+    return start + doubt + tail

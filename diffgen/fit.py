@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from diffgen.files import check_writable
 
 app = typer.Typer(no_args_is_help=True, help=__doc__.split(": ")[1])
 
@@ -47,14 +50,15 @@ def linear_ag(
 
     rule = specs.rule(guidance, specs.assignments(option or []))
     texts = _prompts(model, prompts, n, seed)
+    if out is None:
+        count = f"-steps{steps}" if steps else ""
+        name = re.sub(r"[^\w.+=-]+", "_", linear.brief(rule)).strip("_") + count
+        out = (Path(model) if Path(model).is_dir() else Path()) / "linear_ag" / f"{name}.json"
+    check_writable(out, "--out")
     pipe = load(model, device=device, dtype=dtype)
     call = {"num_inference_steps": steps} if steps else {}
     found = linear.fit(pipe, rule, texts, history=history, intercept=intercept, batch_size=batch, seed=seed, **call)
     count = len(found.made_for["timesteps"])
-    if out is None:
-        name = f"{guidance}-scale{rule.scale:g}-steps{count}.json"
-        beside = Path(model) if Path(model).is_dir() else Path()
-        out = beside / "linear_ag" / re.sub(r"[^\w.+-]", "_", name)
     found.save(out)
     if as_json:
         typer.echo(json.dumps({"file": str(out), "prompts": len(texts), "r2": found.r2}, indent=1))
@@ -100,10 +104,11 @@ def ag(
     if as_json:
         typer.echo(json.dumps({"threshold": found.threshold, "space": space, "warmup": warmup, "prompts": len(texts)}))
     else:
-        typer.echo(
-            f"{len(texts)} prompts: at threshold {found.threshold:.6g} AG leaves out {saving:.0%} or a little more"
-        )
-        typer.echo(f"--guidance ag+{guidance} --set threshold={found.threshold:.6g} space={space} warmup={warmup}")
+        shown = math.floor(found.threshold * 1e6) / 1e6  # not up: that would save less
+        typer.echo(f"{len(texts)} prompts: at threshold {shown} AG leaves out {saving:.0%} or a little more")
+        given = " ".join(option or [])
+        set_ = f"--set threshold={shown} space={space} warmup={warmup} {given}".rstrip()
+        typer.echo(f"--guidance ag+{guidance} {set_}" + (f" --steps {steps}" if steps else ""))
 
 
 def _prompts(model: str, file: Path | None, n: int, seed: int) -> list[str]:
@@ -113,7 +118,10 @@ def _prompts(model: str, file: Path | None, n: int, seed: int) -> list[str]:
     if file is not None:
         if not file.is_file():
             raise FileNotFoundError(f"--prompts {str(file)!r}: no such file")
-        texts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            texts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompts {str(file)!r} is no UTF-8 text file") from None
         if not texts:
             raise ValueError(f"--prompts {str(file)!r} has no line with a prompt")
         return texts[:n]

@@ -12,6 +12,7 @@ from typing import Any
 from diffgen.names import nearest
 from diffgen.worlds import WORLDS
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 TRUSTED = ("diffusers", "transformers", "diffgen")
 
 
@@ -26,6 +27,8 @@ def load(model: str, *, dtype=None, device=None, trust_remote_code: bool = False
     import torch
 
     if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r} is unknown: {nearest(dtype, DTYPES)}")
         dtype = getattr(torch, dtype)
     if quiet:
         _quiet()

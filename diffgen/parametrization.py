@@ -22,6 +22,7 @@ import torch
 
 from diffgen.names import nearest
 
+PRECONDITIONED = "preconditioned"
 KINDS = ("epsilon", "v_prediction", "flow_prediction", "sample")
 
 
@@ -37,6 +38,11 @@ class Level(NamedTuple):
 
 
 def _check(kind: str) -> None:
+    if kind == PRECONDITIONED:
+        raise ValueError(
+            "this scheduler preconditions its model (EDM, consistency models), so the denoised prediction is none of "
+            f"{', '.join(KINDS)}; rules in x0 space cannot work with it, those in the native space can"
+        )
     if kind not in KINDS:
         raise ValueError(f"parametrisation {kind!r} is unknown: {nearest(kind, KINDS)}")
 
@@ -102,6 +108,8 @@ def prediction_kind(scheduler) -> str:
     """Parametrisation that a diffusers scheduler expects of its model."""
     if is_flow(scheduler):
         return "flow_prediction"
+    if "sigma_data" in scheduler.config:
+        return PRECONDITIONED
     kind = scheduler.config.get("prediction_type", "epsilon")
     _check(kind)
     return kind
@@ -127,6 +135,9 @@ def noise_level(scheduler, timestep) -> Level:
         index = scheduler.index_for_timestep(timestep)
     sigma = float(scheduler.sigmas[index])
     if is_flow(scheduler):
-        return Level.flow(sigma)
+        return Level.flow(1 - sigma if scheduler.config.get("invert_sigmas") else sigma)  # Mochi's run from 0 to 1
+    if not getattr(scheduler, "state_in_first_order", True):  # the second evaluation of KDPM2 and DPMSolverSDE
+        middle = getattr(scheduler, "sigmas_interpol", None)  # Heun's second one is an entry of its sigmas
+        sigma = float(middle[index] if middle is not None else getattr(scheduler, "mid_point_sigma", sigma))
     alpha = (1 + sigma * sigma) ** -0.5
     return Level(alpha, sigma * alpha)

@@ -123,7 +123,7 @@ def build(stage: str, name: str, options: dict[str, Any] | None = None, also: It
     for option, value in options.items():
         if option not in method.options:
             raise ValueError(f"{stage} {name!r} has no option {option!r}: {nearest(option, [*method.options, *also])}")
-        options[option] = _checked(method, option, value)
+        options[option] = _inner(value) if (stage, option) == ("guidance", "rule") else _checked(method, option, value)
     if missing := method.required - set(options):
         raise ValueError(f"{stage} {name!r} needs the option {', '.join(sorted(missing))}, which has no default")
     return (
@@ -131,6 +131,18 @@ def build(stage: str, name: str, options: dict[str, Any] | None = None, also: It
         if isinstance(method.function, type)
         else functools.partial(method.function, **options)
     )
+
+
+def _inner(value: Any) -> Any:
+    """The rule inside a wrapper: in a config a name, or {name: apg, scale: 10}. Anything else the wrapper checks."""
+    if isinstance(value, str):
+        return build("guidance", value)
+    if isinstance(value, dict):
+        rest = dict(value)
+        if not isinstance(rest.get("name"), str):
+            raise ValueError(f"guidance option 'rule': expected a name, or a dict such as {{name: apg}}, got {value!r}")
+        return build("guidance", rest.pop("name"), rest)
+    return value
 
 
 def _checked(method: Method, option: str, value: Any) -> Any:

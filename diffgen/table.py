@@ -24,8 +24,11 @@ BATCH_ARGUMENTS = frozenset(
     controlnet_single_block_samples block_controlnet_hidden_states down_block_additional_residuals
     mid_block_additional_residual down_intrablock_additional_residuals text_embedding_mask encoder_hidden_states_t5
     text_embedding_mask_t5 image_meta_size style control_hidden_states additional_t_cond video_coords text_bth text_lens
-    text_encoder_layers prior_token_id prior_token_drop context_latents""".split()
+    text_encoder_layers prior_token_id prior_token_drop context_latents ip_adapter_image_embeds ip_hidden_states""".split()
 )
+CONTAINERS = frozenset(
+    ["joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs"]
+)  # may hold some of them
 SAMPLE_ARGUMENTS = ("sample", "hidden_states", "x")
 # Lists with one entry a sample. All other lists (ControlNet residuals) hold tensors that carry the batch.
 SAMPLE_LISTS = frozenset(["sample", "hidden_states", "x", "cap_feats", "img_shapes"])
@@ -157,7 +160,8 @@ _SETS: list[tuple[str, Row]] = [
         BriaFibo ErnieImage""",
         BATCHED,
     ),
-    ("LTX Mochi CogVideoX{,ImageToVideo,VideoToVideo,FunControl} CogView3Plus", Row(upcast=True)),
+    ("LTX CogVideoX{,ImageToVideo,VideoToVideo,FunControl} CogView3Plus", Row(upcast=True)),
+    ("Mochi", Row(upcast=True, negated=True)),  # its scheduler goes from noise at 0 to data at 1 and takes x0 - eps
     ("Sana{,ControlNet,Video}", Row(upcast=True, learned_variance=True)),
     ("LTXImageToVideo", Row(upcast=True, post=_unpack_and_drop_first_frame)),
     ("SanaImageToVideo", Row(upcast=True, learned_variance=True, post=_drop_first_frame)),

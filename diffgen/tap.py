@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ import torch
 
 from diffgen import parametrization
 from diffgen.parametrization import Level
-from diffgen.table import BATCH_ARGUMENTS, SAMPLE_ARGUMENTS, SAMPLE_LISTS, Row, denoisers, row_for
+from diffgen.table import BATCH_ARGUMENTS, CONTAINERS, SAMPLE_ARGUMENTS, SAMPLE_LISTS, Row, denoisers, row_for
 
 
 @dataclass
@@ -68,6 +68,11 @@ class Rule(Protocol):
         """Called before the first guided step of a run; raises ValueError where the rule doesn't fit the pipeline."""
         ...
 
+    @property
+    def active(self) -> bool:
+        """Whether the pipeline has to run CFG for this rule."""
+        ...
+
 
 def take(value, rows: torch.Tensor, n: int, per_sample: bool = False):
     """Rows of an argument that carries n samples; tensors, lists and dicts of them. Anything else as it is.
@@ -105,24 +110,55 @@ class Call:
         return len(self.sample)
 
     def select(self, rows: torch.Tensor | None) -> dict[str, Any]:
-        if rows is None:  # lists as copies: a UNet pops the residuals of a T2I-Adapter, which a replay needs again
-            return {k: list(v) if isinstance(v, list) else v for k, v in self.kwargs.items()}
-        n = len(self)
-        return {k: take(v, rows, n, k in SAMPLE_LISTS) if k in BATCH_ARGUMENTS else v for k, v in self.kwargs.items()}
+        n, chosen = len(self), self.kwargs
+        if rows is not None:
+            chosen = {k: take(v, rows, n, k in SAMPLE_LISTS) if k in BATCH_ARGUMENTS else v for k, v in chosen.items()}
+            for name in CONTAINERS & {k for k, v in chosen.items() if isinstance(v, dict)}:
+                inside = {k: take(v, rows, n) if k in BATCH_ARGUMENTS else v for k, v in chosen[name].items()}
+                chosen[name] = inside
+        return _copied(chosen)
 
     def run(self, rows: torch.Tensor | None = None):
+        if rows is not None and len(rows) != len(self) and getattr(self.module, "is_cache_enabled", False):
+            raise ValueError(
+                f"{type(self.module).__name__} has a cache enabled, which cannot follow single samples that need no further "
+                "evaluation; call module.disable_cache(), or use a rule that decides for the whole batch"
+            )
         return self.forward(**self.select(rows))
 
     def replay(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Prediction [len(rows), ...] by the module itself: hooks, compiled code and gradients as usual."""
         return prediction(self.module(**self.select(rows)))
 
-    def altered(self, alter: Alter, rows: torch.Tensor, replay: bool = False) -> torch.Tensor:
+    def altered(self, name: str, alter: Alter, rows: torch.Tensor, replay: bool = False) -> torch.Tensor:
         """Prediction [len(rows), ...] of the denoiser as `alter` makes it; never compiled: its graph wouldn't know."""
-        with torch.compiler.set_stance("force_eager"), alter(self.module) as module:
+        cached = getattr(self.module, "is_cache_enabled", False)  # the pipeline's two branches have caches of their own
+        cache = self.module.cache_context(f"diffgen {name}") if cached else nullcontext()  # type: ignore[operator]
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, cache, _without_checkpointing(self.module), alter(self.module) as module:
             if module is self.module and not replay:
                 return prediction(self.run(rows))
             return prediction(module(**self.select(rows)))
+
+
+@contextmanager
+def _without_checkpointing(module: torch.nn.Module) -> Iterator[None]:
+    """Gradient checkpointing would run blocks again in the backward pass, when they are no longer altered."""
+    parts: list[Any] = [part for part in module.modules() if getattr(part, "gradient_checkpointing", False)]
+    for part in parts:
+        part.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.gradient_checkpointing = True
+
+
+def _copied(value):
+    """Dicts and lists as copies: pipelines (IP-Adapter) and denoisers (T2I-Adapter) change them between calls."""
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    return [_copied(v) for v in value] if isinstance(value, list) else value
 
 
 def bind_method(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -194,7 +230,7 @@ class Recorded:
             c = self.cond.replay(c_rows if self.uncond is self.cond or rows is not None else None)
         with torch.set_grad_enabled(grad_uncond and torch.is_grad_enabled()):
             extra = self.tap.rule.extra(step).items()
-            step.extra = {name: self.cond.altered(alter, c_rows, replay=True) for name, alter in extra}
+            step.extra = {name: self.cond.altered(name, alter, c_rows, replay=True) for name, alter in extra}
         return self.tap.finish(self.tap.combine(c, u, step), step, self.cond)
 
 
@@ -255,6 +291,7 @@ class Tap:
         self._pending: Any = None  # (call, rows, prediction, answer given) of a call whose second one may follow
         self.state: dict[str, torch.Tensor] = {}
         self._answer: Any = None  # (guided, step, call) of the running step
+        self._verified = False
 
     @property
     def nfe(self) -> float:
@@ -294,7 +331,7 @@ class Tap:
         signature = inspect.signature(type(base).forward)
 
         def on_call(original, *args, **kwargs):
-            return self._on_call(Call(module, bind_method(signature, args, kwargs), original, name))
+            return self._on_call(Call(module, _copied(bind_method(signature, args, kwargs)), original, name))
 
         self._wrap(module, attribute, on_call)
 
@@ -339,7 +376,7 @@ class Tap:
             )
         n = len(call)
         if not self.batch:
-            self.batch = n // 2 if self.row.layout == "batched" and self.rule is not None else n
+            self.batch = n // 2 if self.row.layout == "batched" and self.rule is not None and self.rule.active else n
         if n == 3 * self.batch:
             raise ValueError(f"{type(self.pipe).__name__} runs three branches in a call, which no rule here can guide")
         if n == 2 * self.batch:
@@ -479,7 +516,7 @@ class Tap:
     def _evaluate_extra(self, call: Call, rows: torch.Tensor, step: StepInfo, reps, inverse) -> None:
         for name, alter in self.rule.extra(step).items():
             active = rows if inverse is None else rows[reps]
-            out = call.altered(alter, active)
+            out = call.altered(name, alter, active)
             self.rows_evaluated += len(active)
             step.extra[name] = out if inverse is None else out[inverse]
 
@@ -515,7 +552,7 @@ class Tap:
 
     def _keep(self, cond: Call, uncond: Call | None, c_rows, u_rows, step: StepInfo, want=None) -> None:
         if self._recording:
-            snapshot = replace(step, state={k: v.clone() for k, v in step.state.items()})
+            snapshot = replace(step, state={k: v.clone() for k, v in step.state.items()}, extra={})
             self.recorded.append(Recorded(snapshot, cond, uncond, c_rows, u_rows, self, want))
 
     def _answered(self, guided: torch.Tensor, step: StepInfo, call: Call) -> None:
@@ -524,10 +561,11 @@ class Tap:
         self.guided_steps += 1
 
     def _verify(self, model_output: torch.Tensor) -> None:
-        """At a run's first step: the scheduler gets what the row says, else the row (or the guess) is wrong."""
-        if self.index > 0:
+        """Once a run: the scheduler gets what the row says, else the row (or the guess) is wrong."""
+        if self._verified:
             return
         expected = self.finish(*self._answer)
+        self._verified = bool(expected.any())  # zeros (CFG-Zero*) would pass any row
         if expected.shape == model_output.shape and torch.allclose(
             expected.to(model_output.dtype), model_output, rtol=1e-3, atol=1e-5, equal_nan=True
         ):

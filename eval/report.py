@@ -6,10 +6,12 @@ import base64
 import io
 import itertools
 import math
-import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from diffgen.files import write_text
 
 # One colour a series, for light and for dark pages: Okabe and Ito's palette, told apart also by colour-blind readers.
 COLORS = (
@@ -54,13 +56,26 @@ class Cell:
     error: str = ""
     best: bool = False
 
+    @property
+    def columns(self) -> int:
+        """Of the mosaic: as square as can be, and without an empty place unless that would be a strip (primes)."""
+        n = len(self.figures)
+        able = [c for c in range(1, n + 1) if c * c >= n and n % c == 0 and c * c <= 3.2 * n]
+        return min(able, default=math.ceil(math.sqrt(n)))
+
 
 @dataclass
 class Matrix:
-    """rows: (label, one cell a column). Row i has the colour COLORS[i]."""
+    """rows: (label, one cell a column). Row i has the colour COLORS[i]. Labels break after +, : and commas."""
 
     columns: list[str]
     rows: list[tuple[str, list[Cell]]]
+
+    @property
+    def label_width(self) -> float:
+        """In rem: what the longest unbreakable part of a label takes."""
+        parts = [part for label, _ in self.rows for part in re.split(r"(?<=[+:,])", label)]
+        return min(max(8.5, 0.62 * max(map(len, parts), default=0)), 15)
 
 
 @dataclass
@@ -126,37 +141,50 @@ def _draw(draw, size: tuple[float, float], theme: int) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def legend_below(axes) -> None:
+    """A legend under the axes, in as many columns as the figure has room for."""
+    figure = axes.figure
+    for columns in range(len(axes.get_legend_handles_labels()[1]), 0, -1):
+        legend = figure.legend(loc="outside lower center", ncols=columns, columnspacing=1.4, handlelength=1.8)
+        if columns == 1 or legend.get_window_extent(figure.canvas.get_renderer()).width < 0.98 * figure.bbox.width:
+            return
+        legend.remove()
+
+
 def label_points(axes, points: list[tuple[float, float]], texts: list[str], colors: list) -> None:
-    """A text beside each point (data coordinates), at whichever of 16 places covers the least of points, lines and texts."""
+    """A text beside each point (data coordinates), at whichever of 64 places covers the least of points, texts and lines."""
     from matplotlib.patheffects import withStroke
 
     axes.figure.draw_without_rendering()  # settles the layout, so that positions on the canvas are known
     renderer, to_canvas = axes.figure.canvas.get_renderer(), axes.transData.transform
     unit = axes.figure.dpi / 72
     at = [tuple(to_canvas(point)) for point in points]
-    taken = [(x - 7 * unit, y - 7 * unit, x + 7 * unit, y + 7 * unit) for x, y in at]
+    taken = [
+        ((x - 7 * unit, y - 7 * unit, x + 7 * unit, y + 7 * unit), 8.0) for x, y in at
+    ]  # (box, what covering it costs)
     for line in axes.lines:  # small boxes along every line
         path = to_canvas(line.get_xydata()) if line.get_transform() == axes.transData else []
         for (x0, y0), (x1, y1) in itertools.pairwise(path):
             steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / (4 * unit)))
             middles = [(x0 + (x1 - x0) * k / steps, y0 + (y1 - y0) * k / steps) for k in range(steps)]
-            taken += [(x - unit, y - unit, x + unit, y + unit) for x, y in middles]
+            taken += [((x - unit, y - unit, x + unit, y + unit), 1.0) for x, y in middles]
     frame = axes.get_window_extent(renderer).padded(4 * unit)
+    sides = [(math.cos(k * math.pi / 8), math.sin(k * math.pi / 8)) for k in range(16)]
     for (x, y), text, color in zip(at, texts, colors):
         label = axes.text(0, 0, text, color=color, fontsize=9, fontweight="bold", ha="center", va="center")
         label.set_path_effects([withStroke(linewidth=2.5, foreground=axes.get_facecolor())])
         w, h = label.get_window_extent(renderer).size
         choices = []
-        for radius, angle in itertools.product((1.0, 1.8), range(45, 405, 45)):
-            cx = x + math.cos(math.radians(angle)) * (w / 2 + 9 * unit) * radius
-            cy = y + math.sin(math.radians(angle)) * (h / 2 + 7 * unit) * radius
+        for radius, (dx, dy) in itertools.product((1.0, 1.5, 2.2, 3.0), sides):
+            far = radius / max(abs(dx), abs(dy))  # on a box around the point, so that its marker stays free
+            cx, cy = x + dx * far * (w / 2 + 9 * unit), y + dy * far * (h / 2 + 8 * unit)
             place = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
             inside = place[0] > frame.x0 and place[1] > frame.y0 and place[2] < frame.x1 and place[3] < frame.y1
-            covered = sum(_overlap(place, other) for other in taken)
-            choices.append((covered + 1e6 * (not inside) + radius, place))
+            covered = sum(cost * _overlap(place, other) for other, cost in taken) / unit**2
+            choices.append((covered + 1e6 * (not inside) + 8 * math.hypot(dx * far, dy * far), place))
         _, place = min(choices)
         label.set_position(axes.transData.inverted().transform(((place[0] + place[2]) / 2, (place[1] + place[3]) / 2)))
-        taken.append(place)
+        taken.append(((place[0] - 3 * unit, place[1] - unit, place[2] + 3 * unit, place[3] + unit), 8.0))
 
 
 def _overlap(a: tuple, b: tuple) -> float:
@@ -171,16 +199,3 @@ def write_report(path: Path | str, title: str, sections: list[Section], lead: st
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((Path(__file__).parent / "report.html").read_text())
     return write_text(path, template.render(title=title, lead=lead, sections=sections, colors=COLORS))
-
-
-def write_text(path: Path | str, text: str) -> Path:
-    """A text file, written under a temporary name and renamed: never half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

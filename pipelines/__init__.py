@@ -38,7 +38,7 @@ _EXPORTS = {
     "as_guider": "diffgen.pipelines.modular",
     "from_guider": "diffgen.pipelines.modular",
 }
-__all__ = sorted([*_EXPORTS, "check", "guide", "guided"])
+__all__ = sorted([*_EXPORTS, "check", "draw", "guide", "guided"])
 
 
 def __getattr__(name: str):

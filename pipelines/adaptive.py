@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from diffgen.parametrization import convert, to_x0
-from diffgen.pipelines.base import Wrapper, dot, per_sample, real, require
+from diffgen.pipelines.base import Wrapper, batches, dot, per_sample, real, require, whole, wide
+from diffgen.pipelines.perturbed import AutoGuidance
 from diffgen.registry import register
 from diffgen.seeding import generator
 from diffgen.tap import Alter, StepInfo
@@ -22,7 +23,7 @@ SPACES = ("native", "x0", "epsilon")
 def cosine(cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
     """gamma = <c, u> / (|c| |u|) per sample, [B] in float64; 1 where one of them is zero."""
     norms = (dot(cond, cond) * dot(uncond, uncond)).sqrt()
-    return torch.where(norms > 0, dot(cond, uncond) / norms.clamp_min(1e-300), 1.0)
+    return torch.where(norms > 0, dot(cond, uncond) / norms.clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
 
 
 @register("guidance", "ag", paper="2312.12487")
@@ -51,19 +52,35 @@ class AdaptiveGuidance(Wrapper):
         valid = (real(self.threshold) and -1 <= self.threshold <= 1) or self.threshold == math.inf
         require(self, "threshold", valid, "a cosine in [-1, 1], or inf (never stop)")
         require(self, "space", self.space in SPACES, f"one of {', '.join(SPACES)}")
-        valid = isinstance(self.warmup, int) and not isinstance(self.warmup, bool) and self.warmup >= 0
-        require(self, "warmup", valid, "a whole number of steps >= 0")
+        require(self, "warmup", whole(self.warmup) and self.warmup >= 0, "a whole number of steps >= 0")
         require(self, "after", self.after in ("cond", "hold"), "'cond' or 'hold'")
+        without = next((type(r).__name__ for r in self.inside if isinstance(r, AutoGuidance)), None)
+        if without:
+            raise ValueError(
+                f"AdaptiveGuidance leaves out evaluations of the unconditional prediction, and {without} inside "
+                "it makes none"
+            )
+        if any(isinstance(r, AdaptiveGuidance) for r in self.inside):
+            raise ValueError(
+                "AdaptiveGuidance inside AdaptiveGuidance: one decides, the other would have nothing to decide"
+            )
+
+    def begin(self, pipe, step: StepInfo) -> None:
+        if self.inner.scale == 1:
+            raise ValueError(
+                f"AdaptiveGuidance at scale 1: {type(self.inner).__name__} evaluates no unconditional prediction there"
+            )
+        super().begin(pipe, step)
 
     def gamma(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
         """Cosine of the two predictions in the rule's space, [B]."""
         if self.space != "native":
-            x, level = step.x.double(), step.level
+            x, level = wide(step.x), step.level
 
             def seen(out):
                 if self.space == "x0":
-                    return to_x0(out.double(), x, level, step.kind)
-                return convert(out.double(), x, level, step.kind, "epsilon")
+                    return to_x0(wide(out), x, level, step.kind)
+                return convert(wide(out), x, level, step.kind, "epsilon")
 
             cond, uncond = seen(cond), seen(uncond)
         return cosine(cond, uncond)
@@ -101,34 +118,41 @@ class AdaptiveGuidance(Wrapper):
         """The rule with the threshold that saves this share of CFG's evaluations, on average over the prompts.
 
         Runs the inner rule once on every prompt and records gamma; a sample's trajectory before it stops doesn't depend on
-        the threshold, so the saving is exact on these prompts. saving: in (0, 1/2); half is left out only if nothing is
-        guided. call: arguments of the pipeline's call, num_inference_steps above all: the threshold holds for these.
+        the threshold, so the saving is exact on these prompts. saving: in (0, 1/2), of the inner rule's evaluations; half is
+        left out only if nothing is guided. call: arguments of the pipeline's call, num_inference_steps above all: the
+        threshold holds for these.
         """
         if not (real(saving) and 0 < saving < 0.5):
             raise ValueError(f"saving must be in (0, 0.5), the share of CFG's evaluations to leave out, got {saving!r}")
-        if not prompts:
-            raise ValueError("calibrated needs at least one prompt")
-        from diffgen.pipelines.guide import guide
+        from diffgen.pipelines.guide import guide, refuse_scale
+
+        refuse_scale(pipe, call)
 
         gammas: list[torch.Tensor] = []
         watch = _Watch(self.inner, space=self.space, threshold=math.inf)
-        for i in range(0, len(prompts), batch_size):
+        for i, batch in enumerate(batches(prompts, batch_size)):
             watch.seen = []
-            batch = list(prompts[i : i + batch_size])
             with guide(pipe, watch):
-                generators = [generator("fit", seed, i + j) for j in range(len(batch))]
+                generators = [generator("fit", seed, i * batch_size + j) for j in range(len(batch))]
                 pipe(batch, generator=generators, output_type="latent", **call)
             gammas.append(torch.stack(watch.seen, 1))
-        gamma = torch.cat(gammas)  # [prompts, steps]
+        gamma = torch.cat(gammas)  # [prompts, steps], -inf where the inner rule evaluates no u
         steps = gamma.shape[1]
+        evaluated = (gamma > -math.inf).double()
+        later = evaluated.sum(1, keepdim=True) - evaluated.cumsum(1)  # evaluations of u after each step
 
         def saved(threshold):
             passed = gamma >= threshold
             passed[:, : self.warmup] = False
-            first = torch.where(passed.any(1), passed.double().argmax(1), steps - 1)
-            return float((steps - 1 - first.double()).mean()) / (2 * steps)
+            first = passed.int().argmax(1, keepdim=True)
+            left_out = torch.where(passed.any(1), later.gather(1, first)[:, 0], 0.0)
+            return float(left_out.sum() / (evaluated.sum() + gamma.numel()))
 
-        candidates = gamma.flatten().sort().values
+        candidates = gamma[gamma > -math.inf].sort().values
+        if not len(candidates):
+            raise ValueError(
+                f"{type(self.inner).__name__} evaluates no unconditional prediction that AG could leave out"
+            )
         low, high = 0, len(candidates) - 1  # saved() falls as the threshold rises
         while low < high:
             middle = (low + high + 1) // 2
@@ -143,8 +167,10 @@ class AdaptiveGuidance(Wrapper):
 
 @dataclass
 class _Watch(AdaptiveGuidance):
-    """Keeps every step's gamma."""
+    """Keeps every step's gamma, -inf where there was nothing to compare."""
 
     def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
-        self.seen: list[torch.Tensor] = [*getattr(self, "seen", []), self.gamma(cond, uncond, step).cpu()]
+        evaluated = torch.as_tensor(self.inner.wants_uncond(step)).cpu().expand(len(cond))
+        gamma = torch.where(evaluated, self.gamma(cond, uncond, step).cpu().double(), -math.inf)
+        self.seen: list[torch.Tensor] = [*getattr(self, "seen", []), gamma]
         return self.inner(cond, uncond, step)

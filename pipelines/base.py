@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,7 @@ class Guidance:
 
     def __post_init__(self):
         require(self, "scale", real(self.scale) and 0 <= self.scale <= 1000, "a number in [0, 1000]")
+        self.scale = float(self.scale)
 
     @property
     def active(self) -> bool:
@@ -69,6 +71,11 @@ class Wrapper(Guidance):
         self.scale = self.inner.scale
 
     @property
+    def inside(self) -> list[Guidance]:
+        """All rules that this one goes around, outermost first."""
+        return [self.inner, *(self.inner.inside if isinstance(self.inner, Wrapper) else [])]
+
+    @property
     def active(self) -> bool:
         return self.inner.active
 
@@ -96,7 +103,26 @@ def require(rule: Guidance, name: str, valid: bool, expected: str) -> None:
 
 def real(value: object) -> bool:
     """Whether it is a finite number (True and False are not)."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond the floats
+        return False
+
+
+def whole(value: object) -> bool:
+    """Whether it is a whole number (True and False are not)."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def batches(prompts: Sequence[str], size: int) -> list[list[str]]:
+    """Prompts in batches. Raises ValueError for none, for a single string, and for a size below 1."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of texts, got the text {prompts!r}")
+    if not len(prompts):
+        raise ValueError("at least one prompt is needed, got none")
+    if not whole(size) or size < 1:
+        raise ValueError(f"batch_size must be a whole number >= 1, got {size!r}")
+    return [list(prompts[i : i + size]) for i in range(0, len(prompts), size)]
 
 
 def per_sample(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -104,6 +130,16 @@ def per_sample(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.view(-1, *[1] * (like.ndim - 1))
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """float64, in which rules do their mathematics; float32 on MPS, which has no more."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
 def dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Inner product of each sample [B, ...] -> [B], in float64."""
-    return (a.double() * b.double()).flatten(1).sum(1)
+    """Inner product of each sample [B, ...] -> [B]."""
+    return (wide(a) * wide(b)).flatten(1).sum(1)
+
+
+def cfg(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+    """u + w (c - u), as the pipelines write it: what neutral options of other rules must be, bit for bit."""
+    return uncond + scale * (cond - uncond)

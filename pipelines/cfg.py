@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffgen.pipelines.base import Guidance, real, require
+from diffgen.pipelines.base import Guidance, cfg, real, require
 from diffgen.pipelines.post import rescale
 from diffgen.registry import register
 from diffgen.tap import StepInfo
@@ -28,5 +28,5 @@ class CFG(Guidance):
         require(self, "rescale", real(self.rescale) and 0 <= self.rescale <= 1, "in [0, 1]")
 
     def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
-        guided = uncond + self.scale * (cond - uncond)
+        guided = cfg(cond, uncond, self.scale)
         return rescale(guided, cond, self.rescale) if self.rescale else guided

@@ -31,6 +31,11 @@ def check(pipe, prompt: str = "a photo", scale: float = 4.0, steps: int = 2, **c
         return _tensor(base.__call__(pipe, **{"generator": generator, **fresh, "return_dict": False}))
 
     stock = run()
+    if not torch.equal(stock, run()):
+        raise RuntimeError(
+            f"{name} gives other images at the same seed, so nothing can be compared (dropout in train mode? call .eval() on "
+            "its modules)"
+        )
     with tap(pipe, rule, row, arguments) as opened:
         tapped = run()
     if not opened.guided_steps:

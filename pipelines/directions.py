@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 
 import torch
 
-from diffgen.pipelines.base import Wrapper, dot, per_sample, require
+from diffgen.pipelines.base import Wrapper, dot, per_sample, require, whole
+from diffgen.pipelines.perturbed import AutoGuidance
 from diffgen.registry import register
 from diffgen.tap import Alter, StepInfo
+
+
+def _refuse_autoguidance(rule: Wrapper) -> None:
+    if any(isinstance(r, AutoGuidance) for r in rule.inside):
+        name = type(rule).__name__
+        raise ValueError(f"{name} changes u, which AutoGuidance inside it discards: AutoGuidance({name}(...)) works")
 
 
 @register("guidance", "zero_star", paper="2503.18886")
@@ -27,8 +33,17 @@ class ZeroStar(Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        whole = isinstance(self.zero_steps, numbers.Integral) and not isinstance(self.zero_steps, bool)
-        require(self, "zero_steps", whole and self.zero_steps >= 0, "a whole number >= 0")
+        require(self, "zero_steps", whole(self.zero_steps) and self.zero_steps >= 0, "a whole number >= 0")
+
+        _refuse_autoguidance(self)
+
+    def begin(self, pipe, step: StepInfo) -> None:
+        if self.zero_steps and step.kind != "flow_prediction":
+            raise ValueError(
+                f"ZeroStar.zero_steps={self.zero_steps}: a prediction of 0 means standing still for flow models only, and this "
+                f"one predicts {step.kind}; use zero_steps=0"
+            )
+        super().begin(pipe, step)
 
     def wants_uncond(self, step: StepInfo) -> torch.Tensor | bool:
         return False if step.index < self.zero_steps else self.inner.wants_uncond(step)
@@ -63,6 +78,10 @@ class TCFG(Wrapper):
     u <- <u, v> v, v the first right singular vector of [c; u] (2 x n) per sample, then the rule (CFG: the paper).
     u parallel to c: the rule alone. arXiv 2503.18137.
     """
+
+    def __post_init__(self):
+        super().__post_init__()
+        _refuse_autoguidance(self)
 
     def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
         return self.inner(cond, tangential(cond, uncond).to(uncond.dtype), step)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffgen.grid import to_uint8
-from diffgen.pipelines.base import Guidance
+from diffgen.pipelines.base import Guidance, batches
 from diffgen.pipelines.guide import guide
 from diffgen.seeding import generator
 
@@ -38,10 +38,10 @@ def draw(
 
     call: further arguments of the pipeline's call. tick(n): called after every n images.
     """
-    images, nfe, seconds = [], 0.0, 0.0
+    parts = batches(prompts, batch_size)
+    images, nfe, seconds, first = [], 0.0, 0.0, 0
     with guide(pipe, rule) as run, torch.no_grad():
-        for first in range(0, len(prompts), batch_size):
-            batch = list(prompts[first : first + batch_size])
+        for batch in parts:
             noise = [generator("draw", seed, first + i) for i in range(len(batch))]
             started = time.perf_counter()
             output = pipe(batch, generator=noise, output_type="pt", **call)
@@ -49,5 +49,6 @@ def draw(
             images.append(to_uint8(shown))
             seconds += time.perf_counter() - started
             nfe += run.nfe * len(batch)
+            first += len(batch)
             tick(len(batch))
     return Drawn(torch.cat(images), nfe / len(prompts), seconds / len(prompts))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from diffgen.parametrization import to_x0
 from diffgen.pipelines.apg import projected_update
-from diffgen.pipelines.base import Guidance, real, require
+from diffgen.pipelines.base import Guidance, cfg, real, require
 from diffgen.registry import register
 from diffgen.tap import StepInfo
 
@@ -81,13 +81,17 @@ class FDG(Guidance):
         self.scale = max(self.scales)
         super().__post_init__()
 
+    @property
+    def active(self) -> bool:
+        return any(w != 1 for w in self.scales)
+
     def with_scale(self, scale: float) -> Guidance:
         top = self.scale
         return dataclasses.replace(self, scales=tuple(scale if w == top else w * scale / top for w in self.scales))
 
     def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
         if len({*self.scales}) == 1 and {*self._weights} == {1}:
-            return uncond + self.scale * (cond - uncond)
+            return cfg(cond, uncond, self.scale)
         levels = len(self.scales)
         self._check(cond, levels)
         c = cond.to(torch.promote_types(cond.dtype, torch.float32))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+import weakref
 from typing import Any, overload
 
 import torch
 
-from diffgen.pipelines.base import Guidance
+from diffgen.pipelines.base import Guidance, real
 from diffgen.pipelines.post import Rescale
 from diffgen.pipelines.schedule import Experts
 from diffgen.table import FROM_SOURCE, Row, denoisers, row_for
@@ -24,16 +25,36 @@ class Run:
     """
 
     def __init__(self, pipe, rule: Guidance, row: Row, previous: Run | None):
-        self.pipe, self.rule, self.row, self._previous = pipe, rule, row, previous
+        self._pipe = weakref.ref(pipe)  # the pipeline holds the run
+        self.rule, self.row, self._previous = rule, row, previous
         self.nfe = 0.0
         self.state: dict[str, torch.Tensor] = {}
+        self._entered = 0  # `with` blocks that are open on it
+        self._closed = False
 
     def __enter__(self) -> Run:
-        _set(self.pipe, self)
+        self._entered += 1
+        self._closed = False
+        if (pipe := self._pipe()) is not None:
+            _set(pipe, self)
         return self
 
     def __exit__(self, *exc) -> None:
-        _set(self.pipe, self._previous)
+        self._entered -= 1
+        if self._entered:
+            return
+        self._closed = True
+        pipe, previous = self._pipe(), self._previous
+        while previous is not None and previous._closed:  # blocks that were left in another order
+            previous = previous._previous
+        if pipe is not None and vars(pipe).get("_guidance_run") is self:
+            _set(pipe, previous)
+
+    def __getstate__(self):
+        return vars(self) | {"_pipe": None, "_previous": None}
+
+    def __setstate__(self, state):
+        vars(self).update(state, _pipe=lambda: None)
 
 
 @overload
@@ -54,7 +75,8 @@ def guide(pipe: Any, rule: Guidance | None) -> Run | None:
         _set(pipe, None)
         return None
     if not isinstance(rule, Guidance):
-        raise TypeError(f"rule must be a Guidance such as CFG(scale=4) or APG(scale=10), got {rule!r}")
+        hint = "; for a guider of diffusers: from_guider(guider)" if hasattr(rule, "set_state") else ""
+        raise TypeError(f"rule must be a Guidance such as CFG(scale=4) or APG(scale=10), got {rule!r:.60}{hint}")
     row = row_for(pipe)
     for name, module in denoisers(pipe).items():
         config = getattr(module, "config", {})
@@ -71,7 +93,7 @@ def guide(pipe: Any, rule: Guidance | None) -> Run | None:
         if config.get("guidance_embeds"):
             warnings.warn(
                 f"{name} is guidance-distilled (guidance_embeds): guidance_scale stays the embedded guidance; "
-                f"{type(rule).__name__} acts as true CFG on top of it, with twice the evaluations",
+                f"{type(rule).__name__} guides on top of it, as true CFG does, with further evaluations at each step",
                 stacklevel=2,
             )
     if not row.known:
@@ -86,7 +108,10 @@ def guide(pipe: Any, rule: Guidance | None) -> Run | None:
             "diffgen.check(pipe, prompt) compares CFG through the tap with the stock pipeline",
             stacklevel=2,
         )
-    run = Run(pipe, rule, row, vars(pipe).get("_guidance_run"))
+    previous: Run | None = vars(pipe).get("_guidance_run")
+    if previous is not None and not previous._entered:
+        previous._previous = None  # replaced for good: nothing goes back beyond it
+    run = Run(pipe, rule, row, previous)
     _set(pipe, run)
     return run
 
@@ -138,6 +163,13 @@ def _new_guided(base: type):
     return guided.__new__(guided)
 
 
+def refuse_scale(pipe, call: dict) -> None:
+    """What is fitted for a rule is fitted at the rule's scale: raises ValueError where the call gives another."""
+    name = row_for(pipe).scale
+    if name in call:
+        raise ValueError(f"{name}={call[name]!r}: give the scale to the rule, not to the call")
+
+
 def bind(base: type, args: tuple, kwargs: dict) -> dict:
     """Positional and keyword arguments of base.__call__ -> a dict of the arguments given."""
     return bind_method(inspect.signature(base.__call__), args, kwargs)
@@ -165,6 +197,9 @@ def apply_rule(row: Row, rule: Guidance | None, arguments: dict) -> tuple[Guidan
     if rule is None:
         return None, arguments | {row.scale: 1.0 - row.scale_offset}
     given = rule
+    for name in (row.scale, "guidance_scale_2"):
+        if arguments.get(name) is not None and not real(arguments[name]):
+            raise ValueError(f"{name} must be a finite number, got {arguments[name]!r}")
     if arguments.get(row.scale) is not None:
         rule = rule.with_scale(arguments[row.scale] + row.scale_offset)
     if rule.scale < 1:

@@ -11,15 +11,15 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffgen.pipelines.base import Guidance, Wrapper, real, require
+from diffgen.files import write_text
+from diffgen.pipelines.base import Guidance, Wrapper, batches, real, require, whole, wide
 from diffgen.registry import register
 from diffgen.seeding import generator
 from diffgen.tap import Alter, StepInfo
@@ -42,16 +42,34 @@ class Coefficients:
     r2_last: list[float]
     made_for: dict[str, Any]
     prompts: int = 0
-    version: int = field(default=1)
+    version: int = 1
+
+    def __post_init__(self):
+        def check(name: str, valid: bool, expected: str) -> None:
+            if not valid:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r:.80}")
+
+        def numbers_in(values: object) -> bool:
+            return isinstance(values, list) and all(map(real, values))
+
+        check("version", self.version == 1 and self.version is not True, "1, the only one known")
+        keys = {"model", "weights", "scheduler", "timesteps", "rule"}
+        made_for = self.made_for if isinstance(self.made_for, dict) else {}
+        valid = set(made_for) == keys and all(isinstance(made_for[k], str) for k in ("model", "scheduler", "rule"))
+        valid = valid and numbers_in(made_for["timesteps"]) and isinstance(made_for["weights"], list)
+        check("made_for", valid, f"a dict of {', '.join(sorted(keys))}")
+        steps = len(made_for["timesteps"])
+        check("intercept", numbers_in(self.intercept) and len(self.intercept) == steps, f"{steps} finite numbers")
+        for name in ("cond", "uncond"):
+            rows = getattr(self, name)
+            valid = isinstance(rows, list) and len(rows) == steps and all(map(numbers_in, rows))
+            check(name, valid, f"{steps} lists of finite numbers, one a step")
+        valid = all(len(u) <= t and len(c) == len(u) + 1 for t, (c, u) in enumerate(zip(self.cond, self.uncond)))
+        check("uncond", valid, "one number shorter than cond at each step, and no longer than the past")
 
     def save(self, path: Path | str) -> Path:
         """JSON, written under a temporary name and renamed."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
-        os.replace(temporary, path)
-        return path
+        return write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path | str) -> Coefficients:
@@ -60,38 +78,64 @@ class Coefficients:
             return cls(**content)
         except OSError as error:
             raise ValueError(f"LinearAG.coefficients {str(path)!r} cannot be read: {error.strerror}") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"LinearAG.coefficients {str(path)!r} is no file written by LinearAG: {error}") from None
 
     def estimate(self, t: int, cond: torch.Tensor, past_c: torch.Tensor, past_u: torch.Tensor) -> torch.Tensor:
         """u_t [B, ...] from c_t [B, ...] and the past ones [B, k, ...], newest first."""
         b, d = self.cond[t], self.uncond[t]
-        estimate = self.intercept[t] + b[0] * cond.double()
+        estimate = self.intercept[t] + b[0] * wide(cond)
         for k, weight in enumerate(b[1:]):
-            estimate = estimate + weight * past_c[:, k].double()
+            estimate = estimate + weight * wide(past_c[:, k])
         for k, weight in enumerate(d):
-            estimate = estimate + weight * past_u[:, k].double()
+            estimate = estimate + weight * wide(past_u[:, k])
         return estimate.to(cond.dtype)
 
 
 def describe(pipe: Any, step: StepInfo, rule: Guidance) -> dict[str, Any]:
-    """What coefficients depend on. weights: norms of eight of the model's tensors, which tell two models apart."""
+    """What coefficients depend on. weights: numbers of sixteen of the model's tensors, which tell two models apart."""
     model = getattr(pipe, step.denoiser)
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.numel()]
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
-    chosen = [parameters[i * (len(parameters) - 1) // 7] for i in range(8)]
+    chosen = [parameters[i * (len(parameters) - 1) // 15] for i in range(16)]
     return {
         "model": f"{type(model).__name__} {hashlib.sha256(repr(sorted(config.items())).encode()).hexdigest()[:12]}",
-        "weights": [float(p.detach().float().norm()) for p in chosen],
+        "weights": [number for p in chosen for number in _print(p)],
         "scheduler": type(pipe.scheduler).__name__.removeprefix("Stochastic"),
         "timesteps": [round(float(t), 3) for t in pipe.scheduler.timesteps[-step.num_steps :]],
-        "rule": repr(rule),
+        "rule": brief(rule),
     }
 
 
+def _print(parameter: torch.Tensor) -> list[float | None]:
+    """Norm of up to 4,096 of a tensor's values, and their mean weighted by position over it. None where it is offloaded."""
+    if parameter.is_meta:
+        return [None, None]
+    flat = parameter.detach().flatten()
+    some = flat[:: -(-len(flat) // 4096)].float()
+    norm = some.norm()
+    ramp = torch.linspace(-1, 1, len(some), device=some.device)
+    return [float(norm), float((some * ramp).sum() / norm.clamp_min(1e-12))]
+
+
+def brief(rule: Guidance) -> str:
+    """The rule with those of its options that are not the defaults, so that a new option makes no other rule of it."""
+
+    def text(value: Any) -> str:
+        return (
+            brief(value) if isinstance(value, Guidance) else f"{value:g}" if isinstance(value, float) else repr(value)
+        )
+
+    given = [(f.name, getattr(rule, f.name), f.default) for f in dataclasses.fields(rule) if f.init]
+    return (
+        f"{type(rule).__name__}({', '.join(f'{k}={text(v)}' for k, v, d in given if k in ('rule', 'scale') or v != d)})"
+    )
+
+
 def _differs(name: str, made_for: Any, found: Any) -> bool:
-    if name in ("weights", "timesteps") and len(made_for) == len(found):
-        return any(not math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-2) for a, b in zip(made_for, found))
+    if name in ("weights", "timesteps") and isinstance(made_for, list) and len(made_for) == len(found):
+        pairs = [(a, b) for a, b in zip(made_for, found) if a is not None and b is not None]
+        return any(not math.isclose(a, b, rel_tol=1e-2, abs_tol=1e-2) for a, b in pairs)
     return made_for != found
 
 
@@ -121,9 +165,9 @@ class LinearAG(Wrapper):
         if isinstance(self.coefficients, (str, Path)):
             self.coefficients = Coefficients.load(self.coefficients)
         for name in ("every", "warmup"):
-            value = getattr(self, name)
-            valid = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            require(self, name, valid, "a whole number >= 1")
+            require(self, name, whole(getattr(self, name)) and getattr(self, name) >= 1, "a whole number >= 1")
+        if any(isinstance(r, LinearAG) for r in self.inside):
+            raise ValueError("LinearAG inside LinearAG: there is one unconditional prediction to estimate")
         require(self, "until", real(self.until) and 0 < self.until <= 1, "a fraction of the steps in (0, 1]")
 
     def with_scale(self, scale: float) -> Guidance:
@@ -131,9 +175,14 @@ class LinearAG(Wrapper):
 
     def _plan(self, step: StepInfo) -> str:
         """What this step does: "cfg", "linear" or "cond"."""
+        if step.index < self.warmup:
+            return "cfg"
         if step.index >= int(self.until * step.num_steps):
             return "cond"
-        return "cfg" if step.index < self.warmup or step.index % self.every == 0 else "linear"
+        if step.index % self.every == 0:
+            return "cfg"
+        past = step.state.get("linear_u")  # shorter than fitted where a rule around this one left out the first steps
+        return "linear" if past is not None and past.shape[1] >= len(self._used.uncond[step.index]) else "cfg"
 
     def begin(self, pipe, step: StepInfo) -> None:
         super().begin(pipe, step)
@@ -145,6 +194,8 @@ class LinearAG(Wrapper):
         made_for = self._found.made_for
         for name, value in found.items():
             if _differs(name, made_for.get(name), value):
+                if name == "timesteps" and len(value) != len(made_for[name]):
+                    name, value, made_for = "number of steps", len(value), {"number of steps": len(made_for[name])}
                 raise ValueError(
                     f"LinearAG.coefficients were fitted for another {name}: {made_for.get(name)}; this run has {value}. "
                     "Fit them again: diffgen fit linear-ag, or LinearAG.fitted(pipe, prompts, ...)"
@@ -223,16 +274,17 @@ def _beside(pipe: Any, found: dict[str, Any]) -> Coefficients:
         Path(str(getattr(pipe, "config", {}).get("_name_or_path", ""))) / "linear_ag"
     )  # a modular guider knows none
     known = [Coefficients.load(path) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
+    have = []
     for coefficients in known:
-        if not any(_differs(name, coefficients.made_for.get(name), value) for name, value in found.items()):
+        made_for = coefficients.made_for
+        other = [name for name, value in found.items() if _differs(name, made_for[name], value)]
+        if not other:
             return coefficients
-    have = [
-        f"{len(c.made_for['timesteps'])} steps of {c.made_for['scheduler']} with {c.made_for['rule']}" for c in known
-    ]
+        have.append(f"{len(made_for['timesteps'])} steps with {made_for['rule']} (other {', '.join(other)})")
     raise ValueError(
         f"LinearAG.coefficients: none given, and none in {folder} for {len(found['timesteps'])} steps of "
         f"{found['scheduler']} with {found['rule']}"
-        + (f" (there are {'; '.join(have)})" if have else "")
+        + (f"; there are {'; '.join(have)}" if have else "")
         + ". Fit them: diffgen fit linear-ag, or LinearAG(rule).fitted(pipe, prompts, num_inference_steps=...)"
     )
 
@@ -258,7 +310,7 @@ class _Collect(Wrapper):
         rows = [cond]
         for name in ("linear_c", "linear_u"):
             rows += step.state[name].unbind(1) if name in step.state else []
-        columns = torch.stack([r.double().flatten() for r in (*rows, torch.ones_like(cond), uncond)])
+        columns = torch.stack([wide(r).flatten() for r in (*rows, torch.ones_like(cond), uncond)])
         gram = (columns @ columns.T).cpu()
         self.sums[step.index] = self.sums.get(step.index, torch.zeros_like(gram)) + gram
         self.counts[step.index] = self.counts.get(step.index, 0) + columns.shape[1]
@@ -280,15 +332,14 @@ def fit(
     """Least squares of u_t on c_t and the K = history past pairs, at every step of `rule`'s trajectories (see `fitted`)."""
     from tqdm import tqdm
 
-    from diffgen.pipelines.guide import guide
+    from diffgen.pipelines.guide import guide, refuse_scale
 
-    if not prompts:
-        raise ValueError("fit needs at least one prompt")
-    if not isinstance(history, int) or history < 1:
+    if not whole(history) or history < 1:
         raise ValueError(f"history must be a whole number >= 1, got {history!r}")
+    refuse_scale(pipe, call)
     collect = _Collect(rule, history=history, intercept=intercept)
-    batches = [list(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
-    for i, batch in enumerate(tqdm(batches, desc="fit", disable=len(batches) < 3)):
+    parts = batches(prompts, batch_size)
+    for i, batch in enumerate(tqdm(parts, desc="fit", disable=len(parts) < 3)):
         generators = [generator("fit", seed, i * batch_size + j) for j in range(len(batch))]
         with guide(pipe, collect):
             pipe(batch, generator=generators, output_type="latent", **call)

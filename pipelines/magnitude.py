@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffgen.pipelines.base import Guidance, per_sample, real, require
+from diffgen.pipelines.base import Guidance, cfg, per_sample, real, require, wide
 from diffgen.registry import register
 from diffgen.tap import StepInfo
 
@@ -29,8 +29,8 @@ class MaG(Guidance):
 
     def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
         if not self.alpha:
-            return uncond + self.scale * (cond - uncond)
-        d, u = cond.double() - uncond.double(), uncond.double()
+            return cfg(cond, uncond, self.scale)
+        d, u = wide(cond) - wide(uncond), wide(uncond)
         ratio = d.flatten(1).norm(dim=1) / u.flatten(1).norm(dim=1).clamp_min(1e-12)
         w = 1 + (self.scale - 1) * torch.exp(-self.alpha * ratio)
         return (u + per_sample(w, u) * d).to(cond.dtype)

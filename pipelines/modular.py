@@ -257,7 +257,7 @@ def _classes() -> dict[str, type[Guidance]]:
     new: list[type[Guidance]] = [Guidance]
     while new:
         new = [c for cls in new for c in cls.__subclasses__()]
-        found |= {_path(c): c for c in new}
+        found |= {_path(c): c for c in new if not c.__name__.startswith("_")}
     return found | {m.name: m.function for m in registry.methods("guidance")}
 
 
@@ -278,8 +278,13 @@ def _rebuilt(value: Any) -> Any:
     """The inverse. Files come from anywhere: only rules are called, and no module is imported for a name."""
     if isinstance(value, Mapping) and "name" in value:
         known, name = _classes(), value["name"]
-        if name not in known:
-            raise ValueError(f"guidance {name!r} is unknown, or its module not imported yet: {nearest(name, known)}")
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(
+                f"guidance {name!r} is unknown, or its module not imported yet: {nearest(str(name), known)}"
+            )
+        options = [f.name for f in dataclasses.fields(known[name]) if f.init]
+        for option in set(value) - {"name", *options}:
+            raise ValueError(f"guidance {name!r} has no option {option!r}: {nearest(option, options)}")
         return known[name](**{k: _rebuilt(v) for k, v in value.items() if k != "name"})
     return tuple(_rebuilt(v) for v in value) if isinstance(value, list) else value
 

@@ -12,9 +12,10 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import torch
 from diffgen.names import nearest
 from diffgen.pipelines.base import Wrapper, real, require
 from diffgen.registry import register
+from diffgen.table import denoisers
 from diffgen.tap import Alter, StepInfo
 
 Layers = tuple[int | str, ...] | None
@@ -177,12 +179,23 @@ def blurred_queries(layers: Layers, sigma: float, shape: tuple[int, ...]) -> Alt
 
     @contextmanager
     def alter(module):
+        met = []
+
+        def blurred(original, x):
+            met.append(1)
+            return blur(original(x), sigma, shape)
+
         with ExitStack() as stack:
             for part in _self_attentions(module, layers):
                 if not isinstance(getattr(part, "to_q", None), torch.nn.Module):
                     raise ValueError(f"{type(part).__name__} has no to_q, so SEG cannot blur its queries")
-                stack.enter_context(_forward(part.to_q, lambda original, x: blur(original(x), sigma, shape)))
+                stack.enter_context(_forward(part.to_q, blurred))
             yield module
+        if not met:
+            raise ValueError(
+                f"SEG blurred no query in {type(module).__name__}: its attention never calls to_q (fused projections? call "
+                "unfuse_qkv_projections())"
+            )
 
     return alter
 
@@ -221,6 +234,23 @@ def _self_attentions(module: torch.nn.Module, layers: Layers) -> list[torch.nn.M
     return parts
 
 
+def _check_layers(rule: Any) -> None:
+    """rule.layers as a tuple of indices and patterns, or None."""
+    if isinstance(rule.layers, (int, str)):
+        rule.layers = (rule.layers,)
+    if rule.layers is not None:
+        valid = isinstance(rule.layers, (list, tuple)) and len(rule.layers) > 0
+        valid = valid and all(isinstance(i, (int, str)) and not isinstance(i, bool) for i in rule.layers)
+        require(rule, "layers", valid, "block indices or name patterns")
+        rule.layers = tuple(rule.layers)
+
+
+def _key(rule: Wrapper) -> str:
+    """Name of a rule's further evaluation: its class and options, the same for what with_scale makes of it."""
+    values = [getattr(rule, f.name) for f in fields(rule) if f.name not in ("rule", "scale")]
+    return " ".join([type(rule).__name__, *(str(id(v)) if isinstance(v, torch.nn.Module) else repr(v) for v in values)])
+
+
 @dataclass
 class Perturbed(Wrapper):
     """g = rule + strength (c - c_perturbed) while start <= i / N < stop. Base of SLG, PAG and SEG.
@@ -238,11 +268,16 @@ class Perturbed(Wrapper):
         require(self, "strength", real(self.strength) and 0 <= self.strength <= 1000, "a number in [0, 1000]")
         valid = real(self.start) and real(self.stop) and 0 <= self.start < self.stop <= 1
         require(self, "start", valid, f"a fraction of the steps below stop={self.stop!r}, both in [0, 1]")
-        if self.layers is not None:
-            layers = [self.layers] if isinstance(self.layers, (int, str)) else list(self.layers)
-            self.layers = tuple(layers)
-            valid = bool(layers) and all(isinstance(i, (int, str)) and not isinstance(i, bool) for i in layers)
-            require(self, "layers", valid, "block indices or name patterns")
+        _check_layers(self)
+
+    def begin(self, pipe, step: StepInfo) -> None:
+        n = step.num_steps
+        if self.strength and not any(self.start <= i / n < self.stop for i in range(n)):
+            raise ValueError(
+                f"{type(self).__name__} acts from {self.start:g} to {self.stop:g} of the steps, which are none of {n}: nothing "
+                "would be perturbed"
+            )
+        super().begin(pipe, step)
 
     @property
     def active(self) -> bool:
@@ -252,15 +287,15 @@ class Perturbed(Wrapper):
         raise NotImplementedError
 
     def wants_uncond(self, step: StepInfo) -> torch.Tensor | bool:
-        return self.inner.wants_uncond(step) if self.inner.scale != 1 else False
+        return self.inner.wants_uncond(step) if self.inner.active else False
 
     def extra(self, step: StepInfo) -> dict[str, Alter]:
         acts = self.strength and self.start <= step.index / step.num_steps < self.stop
-        return self.inner.extra(step) | ({type(self).__name__: self.alter(step)} if acts else {})
+        return self.inner.extra(step) | ({_key(self): self.alter(step)} if acts else {})
 
     def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
         guided = self.inner(cond, uncond, step)
-        perturbed = step.extra.get(type(self).__name__)
+        perturbed = step.extra.get(_key(self))
         return guided if perturbed is None else guided + self.strength * (cond - perturbed)
 
 
@@ -305,15 +340,15 @@ class SEG(Perturbed):
 
     def __post_init__(self):
         super().__post_init__()
-        valid = isinstance(self.sigma, (int, float)) and self.sigma > 0
-        require(self, "sigma", valid, "a number > 0, or inf")
+        require(self, "sigma", (real(self.sigma) or self.sigma == math.inf) and self.sigma > 0, "a number > 0, or inf")
 
     def alter(self, step: StepInfo) -> Alter:
         return blurred_queries(self.layers, self.sigma, tuple(step.x.shape))
 
 
-@lru_cache(maxsize=2)
-def _load(folder: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+@lru_cache(maxsize=1)
+def _load(folder: str, dtype: torch.dtype, device: torch.device, changed: int) -> torch.nn.Module:
+    """The denoiser in a folder; changed (the time) is part of the cache's key."""
     from diffusers import AutoModel
 
     return AutoModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).to(device).eval()
@@ -337,19 +372,37 @@ class AutoGuidance(Wrapper):
         valid = self.weak is None or isinstance(self.weak, (torch.nn.Module, str))
         require(self, "weak", valid, "a torch module, a folder, or None")
         require(self, "layers", self.weak is None or self.layers is None, "left out where weak is given")
-        if isinstance(self.layers, (int, str)):
-            self.layers = (self.layers,)
+        _check_layers(self)
+        if any(isinstance(r, AutoGuidance) for r in self.inside):
+            raise ValueError("AutoGuidance inside AutoGuidance: the inner one replaces what the outer one gives it")
+
+    def begin(self, pipe, step: StepInfo) -> None:
+        others = [name for name, module in denoisers(pipe).items() if module is self.weak and name != step.denoiser]
+        if others:
+            raise ValueError(
+                f"AutoGuidance.weak is the pipeline's own {others[0]}, which runs under the same rule; pass a copy"
+            )
+        if isinstance(self.weak, str) and not Path(self.weak).is_dir():
+            raise ValueError(f"AutoGuidance.weak {self.weak!r}: no such folder")
+        super().begin(pipe, step)
 
     def wants_uncond(self, step: StepInfo) -> torch.Tensor | bool:
         return False
 
     def extra(self, step: StepInfo) -> dict[str, Alter]:
-        return self.inner.extra(step) | {"weak": skip_blocks(self.layers) if self.weak is None else self._other}
+        if not torch.as_tensor(self.inner.wants_uncond(step)).any():
+            return self.inner.extra(step)
 
-    def _other(self, module: torch.nn.Module):
-        if isinstance(self.weak, str):
-            return nullcontext(_load(self.weak, module.dtype, module.device))
-        return nullcontext(self.weak)
+        def other(module):
+            weak = self.weak
+            if isinstance(weak, str):
+                changed = max(file.stat().st_mtime_ns for file in Path(weak).iterdir())
+                weak = _load(weak, module.dtype, step.x.device, changed)
+            if weak.training:
+                raise ValueError("AutoGuidance.weak is in train mode, where dropout would act: call .eval() on it")
+            return nullcontext(weak)
+
+        return self.inner.extra(step) | {_key(self): skip_blocks(self.layers) if self.weak is None else other}
 
     def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
-        return self.inner(cond, step.extra["weak"], step)
+        return self.inner(cond, step.extra.get(_key(self), cond), step)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from diffgen.parametrization import slope, to_x0
-from diffgen.pipelines.base import Wrapper, per_sample, real, require
+from diffgen.pipelines.base import Wrapper, per_sample, real, require, wide
 from diffgen.registry import register
 from diffgen.tap import StepInfo
 
@@ -63,9 +63,13 @@ class Renorm(Wrapper):
         )
 
     def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
+        if self.per == "last" and cond.ndim > 3:
+            raise ValueError(
+                f"Renorm.per='last' is for packed latents [B, N, C], got {tuple(cond.shape)}; use per='sample'"
+            )
         guided = self.inner(cond, uncond, step)
         dims = -1 if self.per == "last" else tuple(range(1, cond.ndim))
-        c, g = (torch.linalg.vector_norm(x.double(), dim=dims, keepdim=True) for x in (cond, guided))
+        c, g = (torch.linalg.vector_norm(wide(x), dim=dims, keepdim=True) for x in (cond, guided))
         factor = self.rho * c / g.clamp_min(1e-12)
         return (guided * (factor.clamp_max(1) if self.per == "sample" else factor)).to(guided.dtype)
 
@@ -97,14 +101,14 @@ class DynamicThreshold(Wrapper):
         require(self, "limit", valid, "a number > 0, or None for the conditional prediction's own percentile")
 
     def __call__(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
-        guided, x = self.inner(cond, uncond, step), step.x.double()
-        x0 = to_x0(guided.double(), x, step.level, step.kind)
+        guided, x = self.inner(cond, uncond, step), wide(step.x)
+        x0 = to_x0(wide(guided), x, step.level, step.kind)
         s = quantile(x0, self.percentile)
         if self.limit is None:
-            limit = quantile(to_x0(cond.double(), x, step.level, step.kind), self.percentile)
+            limit = quantile(to_x0(wide(cond), x, step.level, step.kind), self.percentile)
         else:
             limit = torch.full_like(s, self.limit)
         s, limit = per_sample(torch.maximum(s, limit), x0), per_sample(limit, x0)
         clipped = torch.minimum(torch.maximum(x0, -s), s) * (limit / s.clamp_min(1e-12))
         k = -1.0 if step.kind == "sample" else max(slope(step.level, step.kind), 1e-4)
-        return (guided.double() - (clipped - x0) / k).to(guided.dtype)
+        return (wide(guided) - (clipped - x0) / k).to(guided.dtype)

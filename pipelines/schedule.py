@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from diffgen.pipelines.base import Guidance, Wrapper, real, require
+from diffgen.pipelines.cfg import CFG
 from diffgen.registry import register
 from diffgen.tap import Alter, StepInfo
 
@@ -31,13 +33,23 @@ class Interval(Wrapper):
     def __post_init__(self):
         super().__post_init__()
         require(self, "space", self.space in ("steps", "sigma"), "'steps' or 'sigma'")
-        require(self, "start", real(self.start) and self.start >= 0, "a number >= 0")
+        steps = self.space == "steps"
+        valid = real(self.start) and 0 <= self.start < (1 if steps else math.inf)
+        require(self, "start", valid, "in [0, 1), a fraction of the steps" if steps else "a noise level >= 0")
         if self.space == "steps":
             valid = real(self.stop) and self.start < self.stop <= 1
             require(self, "stop", valid, f"in ({self.start:g}, 1], a fraction of the steps")
         else:
             valid = (real(self.stop) or self.stop == math.inf) and self.start < self.stop
             require(self, "stop", valid, f"a noise level above {self.start:g}")
+
+    def begin(self, pipe, step: StepInfo) -> None:
+        n = step.num_steps
+        if self.space == "steps" and int(self.start * n) >= int(self.stop * n):
+            raise ValueError(
+                f"Interval from {self.start:g} to {self.stop:g} holds none of {n} steps: nothing would be guided"
+            )
+        super().begin(pipe, step)
 
     def _inside(self, step: StepInfo) -> bool:
         if self.space == "steps":
@@ -92,7 +104,14 @@ class Scheduled(Wrapper):
         """The rule at this step's scale."""
         p = step.index / (step.num_steps - 1) if step.num_steps > 1 else 0.5
         f = _SHAPES[self.shape](p, self.a, self.b) if isinstance(self.shape, str) else self.shape(p)
-        return self.inner if f == 1 else self.inner.with_scale(1 + (self.scale - 1) * f)
+        if not real(f):
+            raise ValueError(f"Scheduled.shape must give a number, got {f!r} at progress {p:g}")
+        scale = 1 + (self.scale - 1) * f
+        if not 0 <= scale <= 1000:
+            raise ValueError(
+                f"Scheduled.shape gives {f!r} at progress {p:g}, a scale of {scale:g}; it must be in [0, 1000]"
+            )
+        return self.inner if f == 1 else self.inner.with_scale(scale)
 
     def wants_uncond(self, step: StepInfo) -> torch.Tensor | bool:
         rule = self._at(step)
@@ -112,20 +131,29 @@ class Scheduled(Wrapper):
 class Experts(Wrapper):
     """One rule for the first denoiser, another for the second (Wan 2.2): what guidance_scale_2 means under guide()."""
 
-    second: Guidance | None = None
+    second: Any = None
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, "second", isinstance(self.second, Guidance), "a Guidance")
+        if real(self.second):
+            self.second = CFG(self.second)
+        require(self, "second", isinstance(self.second, Guidance), "a Guidance or a scale")
+
+    @property
+    def active(self) -> bool:
+        return self.inner.active or (self.second is not None and self.second.active)
 
     def begin(self, pipe, step: StepInfo) -> None:
-        self._of(step).begin(pipe, step)
+        self.inner.begin(pipe, step)
+        assert self.second is not None
+        self.second.begin(pipe, replace(step, denoiser=f"{step.denoiser.removesuffix('_2')}_2"))
 
     def _of(self, step: StepInfo) -> Guidance:
         return self.second if step.denoiser.endswith("_2") and self.second is not None else self.inner
 
     def wants_uncond(self, step: StepInfo) -> torch.Tensor | bool:
-        return self._of(step).wants_uncond(step)
+        rule = self._of(step)
+        return rule.wants_uncond(step) if rule.active else False
 
     def extra(self, step: StepInfo) -> dict[str, Alter]:
         return self._of(step).extra(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import yaml
@@ -10,21 +11,29 @@ import yaml
 from diffgen import registry
 from diffgen.names import nearest
 from diffgen.pipelines.base import Guidance, Wrapper
+from diffgen.pipelines.linear import LinearAG
 
 
 def rule(spec: str, options: dict[str, Any] | None = None) -> Guidance:
     """The rule that a chain of registered names stands for: "ag+apg" is AdaptiveGuidance(APG()).
 
-    Each option goes to the first link that has one of that name, so that scale reaches the innermost rule. A chain that
-    ends with a wrapper wraps CFG. Raises ValueError for a name or an option that isn't there, with the nearest valid one.
+    Each option goes to the first link that has one of that name, so that scale reaches the innermost rule; "slg.start"
+    names the link. A chain that ends with a wrapper wraps CFG. Raises ValueError for a name or an option that isn't there,
+    with the nearest valid one.
     """
     chain = _chain(spec)
     own: list[dict[str, Any]] = [{} for _ in chain]
-    for option, value in (options or {}).items():
-        link = next((i for i, method in enumerate(chain) if option in _options(method)), None)
+    for given, value in (options or {}).items():
+        name, _, option = given.rpartition(".")  # "slg.start", where the first that has a start is another
+        links = [i for i, m in enumerate(chain) if option in _options(m) and name in ("", m.name)]
+        link = links[0] if links else None
+        if option == "rule":
+            raise ValueError(
+                f"guidance {spec!r}: the rule inside is named in the chain, such as {chain[0].name}+apg, and its scale is scale"
+            )
         if link is None:
-            raise ValueError(f"guidance {spec!r} has no option {option!r}: {nearest(option, option_names(spec))}")
-        own[link][option] = value
+            raise ValueError(f"guidance {spec!r} has no option {given!r}: {nearest(given, option_names(spec))}")
+        own[link][option] = _listed(chain[link], option, value)
     built = None
     for method, given in reversed(list(zip(chain, own))):
         built = registry.build("guidance", method.name, given if built is None else {**given, "rule": built})
@@ -42,7 +51,7 @@ def option_names(spec: str) -> list[str]:
 def parse(text: str) -> tuple[str, dict[str, Any]]:
     """ "apg:eta=0.5:momentum=0" -> ("apg", {"eta": 0.5, "momentum": 0})."""
     spec, *pairs = text.strip().split(":")
-    while pairs and "=" not in pairs[0]:  # "module:function"
+    if pairs and "=" not in pairs[0] and "." in spec:  # "package.module:function"
         spec += ":" + pairs.pop(0)
     return spec, assignments(pairs)
 
@@ -61,14 +70,23 @@ def assignments(pairs: list[str]) -> dict[str, Any]:
     return options
 
 
-def fit(built: Guidance, pipe, prompts: list[str], steps: int) -> Guidance:
-    """The rule with what it has to learn from the pipeline at its scale (LinearAG's coefficients), also inside wrappers."""
-    if hasattr(built, "fitted"):
-        return built.fitted(pipe, prompts=prompts, num_inference_steps=steps)
+def fit(built: Guidance, pipe, prompts: list[str], **call: Any) -> Guidance:
+    """The rule with what it has to learn from such calls (LinearAG's coefficients, where none are given), also in wrappers."""
+    if isinstance(built, LinearAG) and built.coefficients is None:
+        return built.fitted(pipe, prompts, **call)
     if isinstance(built, Wrapper):
-        inner = fit(built.inner, pipe, prompts, steps)
+        inner = fit(built.inner, pipe, prompts, **call)
         return built if inner is built.inner else dataclasses.replace(built, rule=inner)
     return built
+
+
+def _listed(method: registry.Method, option: str, value: Any) -> Any:
+    """For an option that is a tuple: 1, "8,3" and "(8, 3)" are lists too."""
+    if option != "layers" and "tuple" not in str(inspect.signature(method.function).parameters[option].annotation):
+        return value
+    if isinstance(value, str):
+        return [yaml.safe_load(part) for part in value.strip("()[] ").split(",") if part.strip()]
+    return value if isinstance(value, (list, tuple)) or value is None else [value]
 
 
 def _chain(spec: str) -> list[registry.Method]:

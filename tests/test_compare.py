@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from diffgen import registry
 from diffgen.cli import app
-from diffgen.compare import compare, front, plan
+from diffgen.compare import _finding, _ranking, apart, compare, front, plan
+from diffgen.compare_page import Measured
 from diffgen.pipelines import CFG
 from diffgen.tiny import tiny_pipeline
 
@@ -84,7 +85,7 @@ def test_the_numbers_of_the_page_are_those_of_the_json(made):
     for cell, (rule, scale, nfe, _, verified, saturation, contrast, clipping, psnr, ssim) in zip(
         numbers["cells"], rows
     ):
-        assert (rule, scale) == (cell["rule"], f"{cell['scale']:g}")
+        assert (rule.replace("<wbr>", ""), scale) == (cell["rule"], f"{cell['scale']:g}")
         if cell["error"]:
             assert nfe == "failed"
             continue
@@ -111,7 +112,7 @@ def test_the_command_on_the_page_makes_the_same_numbers(made, tmp_path):
     assert result.exit_code == 0, result.output
     again = json.loads(result.stdout)
     assert _but_times(again) == _but_times(numbers)
-    assert {p.name for p in tmp_path.iterdir()} == {"page.html", "compare.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"page.html", "page.json"}
 
 
 def test_another_seed_gives_other_images(made, tmp_path):
@@ -186,6 +187,90 @@ def test_lists_inside_an_option_keep_their_commas(tmp_path):
 
 def test_the_front_is_what_no_other_point_beats():
     assert front([(1, 1), (2, 3), (3, 3), (2, 3), (4, 4), (5, 2)]) == [0, 1, 3, 4]
+
+
+def test_apart_means_more_than_chance_on_the_same_prompts():
+    def bits(ones: int) -> torch.Tensor:
+        return (torch.arange(64) < ones).double()
+
+    assert not apart(bits(5), bits(0))  # exact McNemar: 5 to 0 is p = 0.0625, 6 to 0 is 0.031
+    assert apart(bits(6), bits(0))
+    assert apart(bits(0), bits(6))
+    assert not apart(bits(30), bits(30))
+    assert not apart(bits(40), 1 - bits(30))  # 10 higher, but each wins where the other loses
+    scores = 10 * torch.rand(20, generator=torch.Generator().manual_seed(0))
+    assert apart(scores + 0.1 + 0.01 * bits(10)[:20], scores)  # paired: the spread of the prompts is no noise
+    assert not apart(scores[:1] + 3, scores[:1])
+
+
+@pytest.mark.parametrize(
+    ("verified", "best", "words"),
+    [
+        ((60, 30, 20), True, "The other 2 measured lower beyond the noise of 64 images."),
+        ((60, 58, 20), False, "With 64 images 1 of the other 2 cannot be told apart from it."),
+        ((60, 58, 57), False, "With 64 images the other 2 cannot be told apart from it."),
+        ((60, 60, 20), False, "2 settings tie at the highest share verified, 93.8% [85.0%, 97.5%]: cfg at scale"),
+        ((60,), None, "cfg at scale 2: share verified 93.8% [85.0%, 97.5%], 4 evaluations an image."),
+    ],
+)
+def test_a_winner_is_named_only_beyond_the_noise(tmp_path, verified, best, words):
+    from diffgen.eval.functional import wilson
+
+    todo = small(tmp_path, prompts=None, rules="cfg", scales="2,3,4")
+    cells = []
+    for scale, ones in zip(todo.scales, verified):
+        low, high = wilson(ones, 64)
+        value = {"value": ones / 64, "low": low, "high": high}
+        results = (torch.arange(64) < ones).double()
+        cells.append(Measured("cfg", scale, nfe=4.0, verified=value, results=results))
+    ranking = _ranking(todo, cells)
+    assert (ranking and ranking["best"]) == (None if not best else ["cfg", 2.0])
+    assert (ranking is None) == (best is None)
+    assert words in _finding(todo, cells, ranking)
+
+
+def test_one_image_a_cell_is_not_ranked(tmp_path):
+    numbers = compare(small(tmp_path, rules="cfg,ag+apg", prompts=PROMPTS[:1]), quiet=True)
+    assert numbers["ranking"] is None
+    assert numbers["pareto"] == {"nfe": [], "saturation": []}
+    assert "too few to rank" in numbers["finding"]
+    assert 'class="cell best"' not in page_of(tmp_path)
+
+
+def test_what_was_fitted_is_told(tmp_path):
+    numbers = compare(small(tmp_path, rules="linear_ag,ag,ag+apg:threshold=0.9,cfg", scales="4"), quiet=True)
+    fitted = [cell["fitted"] for cell in numbers["cells"]]
+    assert fitted[0] == {"linear_ag": {"prompts": 64, "other_prompts": True}}
+    assert fitted[1:] == [
+        {"ag": {"threshold": "0.991", "default": True}},
+        {"ag": {"threshold": "0.9", "default": False}},
+        {},
+    ]
+    page = page_of(tmp_path)
+    assert "linear_ag: coefficients fitted on 64 other prompts at each scale, not counted in NFE or time." in page
+    assert "ag: threshold 0.991, the default, not calibrated" in page
+    assert "threshold=0.9: threshold 0.9, as given." in page
+    assert "ag+<wbr>apg:<wbr>threshold=0.9" in page
+
+
+@pytest.mark.parametrize(
+    ("n", "columns"), [(1, 1), (2, 2), (3, 3), (4, 2), (6, 3), (7, 3), (8, 4), (12, 4), (13, 4), (16, 4)]
+)
+def test_a_mosaic_has_no_empty_place_where_it_can(n, columns):
+    from diffgen.eval.report import Cell, Figure
+
+    assert Cell([Figure("", "")] * n).columns == columns
+
+
+def test_similarity_counts_equal_images_as_60_db():
+    from diffgen.eval.similarity import similarity
+
+    a = torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    b = a.clone()
+    b[1] = (a[1].int() + torch.where(a[1] < 128, 16, -16)).to(torch.uint8)
+    assert similarity(a, a) == {"psnr": 60.0, "ssim": pytest.approx(1.0)}
+    one = 20 * torch.log10(torch.tensor(255 / 16)).item()
+    assert similarity(a, b)["psnr"] == pytest.approx((60 + one) / 2, rel=1e-5)
 
 
 def test_another_model_is_compared_by_similarity_and_by_clip(tmp_path):

@@ -202,3 +202,20 @@ def test_flow_schedulers_are_told_from_the_others_and_a_strange_prediction_type_
     assert {prediction_kind(SCHEDULERS[name]()) for name in SCHEDULERS if "flow" in name} == {"flow_prediction"}
     with pytest.raises(ValueError, match="did you mean 'v_prediction'"):
         prediction_kind(DDIMScheduler(prediction_type="v_predictions"))
+
+
+def test_mochis_inverted_sigmas_and_the_second_stage_of_kdpm2_are_seen():
+    from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, KDPM2DiscreteScheduler
+
+    inverted = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    inverted.set_timesteps(4)
+    assert noise_level(inverted, inverted.timesteps[0]) == Level.flow(1.0)  # it starts from pure noise
+    kdpm = KDPM2DiscreteScheduler()
+    kdpm.set_timesteps(4)
+    x = torch.ones(1, 1, 2, 2)
+    for t in kdpm.timesteps:
+        alpha = float(kdpm.scale_model_input(torch.ones(()), t))
+        assert noise_level(kdpm, t).alpha == pytest.approx(alpha)
+        x = kdpm.step(x, t, x).prev_sample
+    with pytest.raises(ValueError, match="preconditions its model"):
+        to_x0(x, x, Level(1.0, 1.0), prediction_kind(EDMEulerScheduler()))

@@ -1,9 +1,13 @@
+import contextlib
+import io
+import zipfile
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from diffgen.eval.images import load_images
+from diffgen.eval.images import PipelineSource, load_images, open_source
 
 
 def noise(n=1, size=8, seed=0):
@@ -86,12 +90,6 @@ def test_mixed_sizes_are_an_error_that_names_both_files(tmp_path):
         load_images(tmp_path)
 
 
-def test_sixteen_bit_images_are_an_error_that_names_the_file(tmp_path):
-    Image.fromarray(np.full((4, 4), 4096, dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep\.png has more than 8 bits"):
-        load_images(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
@@ -102,10 +100,201 @@ def test_sixteen_bit_images_are_an_error_that_names_the_file(tmp_path):
         (torch.zeros(3, 4, 4), ValueError, r"\[N,3,H,W\] and not empty; got \[3, 4, 4\]"),
         (torch.zeros(0, 3, 4, 4), ValueError, "not empty"),
         ([], ValueError, "list of images is empty"),
-        ([Image.new("RGB", (2, 2)), "a.png"], TypeError, "image 1 of the list must be a PIL image; got str"),
-        (7, TypeError, "a folder, a tensor or a list of PIL images; got int"),
+        ([Image.new("RGB", (2, 2)), "a.png"], TypeError, "image 1 of the list must be a PIL image, .*; got str"),
+        (7, TypeError, "must be a tensor, a folder, .* a callable; got int"),
     ],
 )
 def test_unclear_sources_are_errors_and_never_guesses(images, error, message):
     with pytest.raises(error, match=message):
         load_images(images)
+
+
+# ---- sources
+
+
+def images_of(source, batch_size=2):
+    return [image for batch in source.batches(batch_size) for image in batch]
+
+
+def same(source, images=None):
+    images = noise(3) if images is None else images
+    got = images_of(source)
+    return len(got) == len(images) and all(torch.equal(a, b) for a, b in zip(got, images))
+
+
+def write_zip(path, images, names):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, image in zip(names, images):
+            data = io.BytesIO()
+            pil(image).save(data, "PNG")
+            archive.writestr(name, data.getvalue())
+        archive.writestr("__MACOSX/._1.png", b"not an image")
+        archive.writestr("readme.txt", b"text")
+
+
+class Labelled(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i], 7
+
+
+class Columns:
+    """A Hugging Face dataset, as far as a reader sees it."""
+
+    column_names = ("image", "label")
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        if i == 2:  # with decode=False
+            data = io.BytesIO()
+            pil(noise(3)[2]).save(data, "PNG")
+            return {"image": {"bytes": data.getvalue(), "path": None}, "label": 0}
+        return {"image": pil(noise(3)[i]), "label": 0}
+
+
+def test_zip_npz_and_npy_stream_the_same_images_as_the_folder(tmp_path):
+    write_zip(tmp_path / "a.zip", noise(3), ["1.png", "2.png", "sub/10.png"])
+    source = open_source(tmp_path / "a.zip")
+    assert same(source)
+    assert (source.kind, source.names, len(source)) == ("zip", ["1.png", "2.png", "sub/10.png"], 3)
+    channels_last = noise(3).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "a.npz", images=channels_last)
+    np.savez(tmp_path / "openai.npz", channels_last)
+    np.save(tmp_path / "a.npy", noise(3).numpy())
+    for name in ("a.npz", "openai.npz", "a.npy"):
+        assert same(open_source(tmp_path / name)), name
+    assert same(open_source(channels_last))
+
+
+def test_every_suffix_is_read_and_formats_come_from_the_content(tmp_path):
+    for i, suffix in enumerate(["png", "jpg", "webp", "bmp", "tiff"]):
+        pil(noise(1, 16)[0]).save(tmp_path / f"{i}.{suffix}")
+    pil(noise(1, 16)[0]).save(tmp_path / "6.png", "JPEG")  # a JPEG by another name
+    source = open_source(tmp_path)
+    assert len(images_of(source)) == 6
+    assert dict(source.formats) == {"PNG": 1, "JPEG": 2, "WEBP": 1, "BMP": 1, "TIFF": 1}
+    assert dict(source.sizes) == {(16, 16): 6}
+
+
+def test_subfolders_are_read_on_request(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name, image in zip(["a.png", "b/2.png", "b/10.png"], noise(3)):
+        pil(image).save(tmp_path / name)
+    assert open_source(tmp_path).names == ["a.png"]
+    source = open_source(tmp_path, recursive=True)
+    assert same(source)
+    assert source.names == ["a.png", "b/2.png", "b/10.png"]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match="recursive=True looks in subfolders"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x,
+        lambda x: x.float() / 255,
+        lambda x: [pil(image) for image in x],
+        lambda x: list(x),
+        lambda x: Labelled(x),
+        lambda x: Labelled([pil(image) for image in x]),
+        lambda x: torch.utils.data.DataLoader(Labelled(x), batch_size=2),
+        lambda x: torch.utils.data.DataLoader(x, batch_size=2),
+        lambda x: [(x[:2], torch.tensor([0, 1])), (x[2:], torch.tensor([2]))],
+        lambda x: (image for image in x),
+        lambda x: ({"image": image} for image in x),
+        lambda x: ([pil(x[0]), pil(x[1])] if i == 0 else [pil(x[2])] for i in range(2)),
+        lambda x: Columns(),
+    ],
+    ids="uint8 float pil tensors dataset pil-dataset loader loader-unlabelled batches generator dicts pil-batches hf".split(),
+)
+def test_everything_that_holds_images_is_a_source_of_the_same_images(make):
+    source = open_source(make(noise(3)))
+    assert same(source)
+    assert (source.names, len(source)) == (["0", "1", "2"], 3)
+
+
+def test_a_generator_has_no_length_before_and_no_second_pass():
+    source = open_source(image for image in noise(3))
+    with pytest.raises(TypeError, match="length of this iterable is not known before a pass"):
+        len(source)
+    assert same(source)
+    with pytest.raises(ValueError, match="can be read only once"):
+        images_of(source)
+    again = open_source(torch.utils.data.DataLoader(noise(3), batch_size=2))
+    assert same(again)
+    assert same(again)
+
+
+def test_a_callable_gets_indices_with_seeds_that_depend_on_nothing_else():
+    asked = {}
+
+    def fn(indices, seeds):
+        asked.update(zip(indices, seeds))
+        return noise(3)[indices]
+
+    assert same(open_source(fn, n=3))
+    first = dict(asked)
+    assert len(set(first.values())) == 3
+    assert [len(batch) for batch in open_source(fn, n=3).batches(3)] == [3]
+    assert asked == first
+    assert torch.equal(next(open_source(fn, n=3).batches(1, start=2))[0], noise(3)[2])
+    images_of(open_source(fn, n=3, seed=1))
+    assert not set(asked.values()) & set(first.values())
+    with pytest.raises(ValueError, match="needs n"):
+        open_source(fn)
+
+
+class Pipe:
+    """What a diffusers pipeline is to a source: the image is its prompt's length and its noise."""
+
+    rule = None
+
+    def __call__(self, prompts, generator, output_type, steps=1):
+        images = [torch.rand(3, 4, 4, generator=g) * len(p) / 10 * (self.rule or 1) for p, g in zip(prompts, generator)]
+        return type("Output", (), {"images": torch.stack(images)})
+
+
+def test_a_pipeline_source_makes_per_prompt_images_that_no_batch_size_changes():
+    source = PipelineSource(Pipe(), ["ab", "abcd"], per_prompt=2, seed=3, steps=2)
+    assert source.prompts == ["ab", "ab", "abcd", "abcd"]
+    images = images_of(source, 4)
+    assert (len(source), source.kind) == (4, "pipeline")
+    assert not torch.equal(images[0], images[1])
+    assert all(torch.equal(a, b) for a, b in zip(images, images_of(source, 3)))
+    assert torch.equal(next(source.batches(1, start=2))[0], images[2])
+
+
+def test_a_pipeline_sources_rule_is_on_while_it_draws():
+    @contextlib.contextmanager
+    def guide(pipe, rule):
+        pipe.rule = rule
+        yield
+        pipe.rule = None
+
+    pipe = Pipe()
+    dark = PipelineSource(pipe, ["abcd"], rule=0.5, guide=guide)
+    assert max(image.max() for image in images_of(dark)) <= 0.2 * 255
+    assert pipe.rule is None
+    with pytest.raises(ValueError, match=r"guide=diffgen\.guide"):
+        PipelineSource(pipe, ["abcd"], rule=0.5)
+
+
+def test_a_pipeline_source_draws_what_pipelines_draw_does(scene):
+    from diffgen.pipelines import CFG
+    from diffgen.pipelines.draw import draw
+    from diffgen.pipelines.guide import guide
+
+    pipe = scene("StableDiffusion3Pipeline").pipe
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "height": 16, "width": 16}
+    drawn = draw(pipe, CFG(3.0), ["a red circle", "a square"], seed=5, **call)
+    source = PipelineSource(pipe, ["a red circle", "a square"], 1, 5, CFG(3.0), guide=guide, **call)
+    assert torch.equal(torch.stack(images_of(source)), drawn.images)

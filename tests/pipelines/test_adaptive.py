@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from diffgen.parametrization import Level
-from diffgen.pipelines import APG, CFG, AdaptiveGuidance, guide
+from diffgen.pipelines import (
+    APG,
+    CFG,
+    PAG,
+    AdaptiveGuidance,
+    AutoGuidance,
+    Interval,
+    LinearAG,
+    Scheduled,
+    ZeroStar,
+    guide,
+)
 from diffgen.pipelines.adaptive import cosine
 from diffgen.seeding import generator
 from diffgen.tap import StepInfo
@@ -174,3 +185,33 @@ def test_only_a_rule_or_a_scale_can_be_wrapped(rule):
 def test_a_saving_that_cannot_be_is_refused(saving, scene):
     with pytest.raises(ValueError, match=r"saving must be in \(0, 0.5\)"):
         AdaptiveGuidance(4.0).calibrated(None, ["a"], saving=saving)
+
+
+@pytest.mark.parametrize("inner", [lambda: ZeroStar(4.0), lambda: Interval(4.0, 0.2, 1.0), lambda: Scheduled(4.0)])
+def test_calibration_counts_what_the_inner_rule_really_evaluates(inner, scene):
+    s = scene("StableDiffusion3Pipeline")
+    call = {k: v for k, v in s.call.items() if k not in ("prompt", "negative_prompt", "output_type")}
+    call["num_inference_steps"] = 8
+    prompts = ["a red circle", "two blue squares", "a green cross", "three yellow circles"]
+    nfe = []
+    for rule in (inner(), AdaptiveGuidance(inner(), space="x0").calibrated(s.pipe, prompts, saving=0.2, **call)):
+        with guide(s.pipe, rule) as run:
+            s.pipe(prompts, generator=[generator("fit", 0, i) for i in range(4)], output_type="latent", **call)
+        nfe.append(run.nfe)
+    assert 0.2 - 1e-9 <= 1 - nfe[1] / nfe[0] < 0.3
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (lambda: AdaptiveGuidance(AutoGuidance(4.0)), "AutoGuidance inside it makes none"),
+        (lambda: AdaptiveGuidance(PAG(1.0)), "scale 1 inside it makes none"),
+        (lambda: AdaptiveGuidance(Interval(AdaptiveGuidance(4.0))), "AdaptiveGuidance inside AdaptiveGuidance"),
+        (lambda: AutoGuidance(AutoGuidance(4.0)), "AutoGuidance inside AutoGuidance"),
+        (lambda: ZeroStar(AutoGuidance(4.0)), r"AutoGuidance\(ZeroStar\(...\)\) works"),
+        (lambda: LinearAG(Interval(LinearAG(4.0))), "LinearAG inside LinearAG"),
+    ],
+)
+def test_chains_in_which_a_rule_could_do_nothing_are_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
+        rule()

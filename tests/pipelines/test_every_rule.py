@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffgen import registry
+from diffgen.parametrization import Level
 from diffgen.pipelines import (
     APG,
     CFG,
@@ -23,13 +24,21 @@ from diffgen.pipelines import (
     specs,
 )
 from diffgen.pipelines.directions import ZeroStar
+from diffgen.tap import StepInfo
 from diffgen.tiny import TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*guidance-distilled")
 NAMES = [method.name for method in registry.methods("guidance")]
 PACKED = ("FluxPipeline", "QwenImagePipeline", "LTXPipeline")
 CANNOT = {("fdg", name): "FDG .*spatial" for name in PACKED} | {("pag", "SanaPipeline"): "no attention map"}
-CANNOT |= {("zero_star", name): "zero_steps=0" for name in ("QwenImagePipeline", "Lumina2Pipeline")}
+NO_ZEROS = (
+    "QwenImagePipeline",
+    "Lumina2Pipeline",
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "PixArtSigmaPipeline",
+)
+CANNOT |= {("zero_star", name): "zero_steps=0" for name in NO_ZEROS}
 NFE = {"slg": (6, 9), "pag": (9, 9), "seg": (9, 9)}  # of 6 for CFG in three steps; SLG acts early only
 
 
@@ -92,12 +101,23 @@ def test_a_neutral_rule_is_cfg_bit_for_bit(name, scene):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("pag", "seg", "slg", "fdg", "dynamic_threshold")])
 def test_at_scale_1_it_is_the_conditional_prediction(name, scene):
+    """Of the rule itself: a pipeline runs no CFG at scale 1, and then asks no rule."""
+    options = {"linear_ag": {"every": 1, "until": 1.0}, "zero_star": {"zero_steps": 0}}
+    c, u = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
+    if name == "ag":
+        built = specs.rule(name, {"threshold": math.inf})
+        built.inner = built.inner.with_scale(1.0)  # refused when made: it would have nothing to leave out
+    else:
+        built = specs.rule(name, options.get(name)).with_scale(1.0)
+    step = StepInfo(1, 4, 500, Level.flow(0.5), "flow_prediction", c + u, {}, extra={})
+    if name == "autoguidance":
+        step.extra = dict.fromkeys(built.extra(step), u)
+    torch.testing.assert_close(built(c, u, step), c, rtol=1e-6, atol=1e-6)
     s = scene("StableDiffusion3Pipeline")
-    conditional = s.run(s.plain)
-    built = specs.rule(name).with_scale(1.0)
-    with guide(s.pipe, built) as run:
-        torch.testing.assert_close(s.run(s.call), conditional, rtol=1e-5, atol=1e-5)
-    assert run.nfe == 3
+    if name != "ag":
+        with guide(s.pipe, built) as run:
+            torch.testing.assert_close(s.run(s.call), s.run(s.plain), rtol=1e-5, atol=1e-5)
+        assert run.nfe == 3
 
 
 def test_memory_does_not_grow_with_the_steps(scene):

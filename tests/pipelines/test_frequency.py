@@ -205,7 +205,8 @@ def test_the_scale_of_a_call_is_the_largest_one_and_the_others_keep_their_ratio(
     assert rule.with_scale(6.0) == FDG((6.0, 3.0), parallel=0.5)
     assert FDG((0.7, 7.3, 7.3)).with_scale(4.1).scales[1:] == (4.1, 4.1)
     assert FDG((0.0, 0.0)).with_scale(3.0).scales == (3.0, 3.0)
-    assert not FDG((1.0, 0.5)).active
+    assert FDG((1.0, 0.5)).active  # below 1 is a scale, too
+    assert not FDG((1.0, 1.0)).active
 
 
 def test_a_config_can_name_it_with_lists():

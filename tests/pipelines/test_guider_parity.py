@@ -48,7 +48,7 @@ PAIRS = {
     ),
     "apg, without momentum": (
         functools.partial(guiders.AdaptiveProjectedGuidance, guidance_scale=W, eta=0.0),
-        native(momentum=0.0, form="diffusers"),
+        native(momentum=0.0, norm_threshold=15.0, form="diffusers"),
         (3, 4, 5),
     ),
     "apg mix": (

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffgen.parametrization import Level
-from diffgen.pipelines import APG, CFG, AdaptiveGuidance, LinearAG, Scheduled, guide
+from diffgen.pipelines import APG, CFG, AdaptiveGuidance, Interval, LinearAG, Scheduled, ZeroStar, guide
 from diffgen.pipelines.linear import Coefficients, _Collect, _solve, fit
 from diffgen.tap import StepInfo
 
@@ -52,7 +52,7 @@ def test_collinear_regressors_still_predict_exactly():
         r2=[],
         r2_cond=[],
         r2_last=[],
-        made_for={},
+        made_for={"model": "", "weights": [], "scheduler": "", "timesteps": [4, 3, 2, 1, 0], "rule": ""},
     )
     for t in range(1, 5):
         past_c, past_u = (x[:t].flip(0).transpose(0, 1) for x in (c, u))
@@ -146,7 +146,10 @@ def test_coefficients_survive_a_file_and_are_found_beside_the_model(fitted, tmp_
     s.pipe.register_to_config(_name_or_path=str(tmp_path))
     try:
         assert torch.equal(run(s, LinearAG(4.0), call)[0], want)
-        with pytest.raises(ValueError, match=r"none in .*linear_ag for 5 steps .*there are 6 steps of .* diffgen fit"):
+        with pytest.raises(
+            ValueError,
+            match=r"none in .*linear_ag for 5 steps .*there are 6 steps with CFG\(scale=4\) \(other timesteps\). .*diffgen fit",
+        ):
             run(s, LinearAG(4.0), call | {"num_inference_steps": 5})
     finally:
         s.pipe.register_to_config(_name_or_path="")
@@ -156,9 +159,9 @@ def test_coefficients_survive_a_file_and_are_found_beside_the_model(fitted, tmp_
 
 def test_coefficients_of_another_run_are_refused_naming_both(fitted, scene):
     s, call, rule = fitted
-    with pytest.raises(ValueError, match=r"fitted for another timesteps: \[1000.* this run has \[1000"):
+    with pytest.raises(ValueError, match=r"another number of steps: 6; this run has 5"):
         run(s, rule, call | {"num_inference_steps": 5})
-    with pytest.raises(ValueError, match=r"fitted for another rule: CFG\(scale=4.0.* this run has CFG\(scale=5.0"):
+    with pytest.raises(ValueError, match=r"fitted for another rule: CFG\(scale=4\); this run has CFG\(scale=5\)"):
         run(s, rule, call | {"guidance_scale": 5.0})
     with pytest.raises(ValueError, match=r"fitted for another rule: CFG.* this run has APG"):
         run(s, LinearAG(APG(4.0), rule.coefficients), call)
@@ -222,3 +225,68 @@ def test_a_fit_needs_prompts_and_a_guided_run(scene):
 def test_a_bad_option_is_an_error_that_names_it(options, message):
     with pytest.raises(ValueError, match=message):
         LinearAG(4.0, **options)
+
+
+def test_the_coefficients_that_ship_are_found_for_int_and_float_scales():
+    from diffgen import load
+
+    pipe = load("shapes")
+    for rule, steps in ((LinearAG(CFG(3)), 10), (LinearAG(3.0), 20), (LinearAG(7.5), 10), (LinearAG(CFG(7.5)), 20)):
+        with guide(pipe, rule) as opened:
+            pipe("a red circle", num_inference_steps=steps, output_type="latent")
+        assert opened.nfe == steps + math.ceil(steps / 4)  # every second step of the first half
+
+
+@pytest.mark.parametrize(
+    "around", [lambda r: ZeroStar(r), lambda r: Interval(r, 0.2, 1.0), lambda r: Interval(r, 0.34, 1.0)]
+)
+def test_inside_a_rule_that_skips_steps_it_evaluates_until_it_has_a_past(fitted, around):
+    s, call, rule = fitted
+    latents, opened = run(s, around(dataclasses.replace(rule, until=1.0)), call)
+    assert torch.isfinite(latents).all()
+    assert opened.nfe < 12
+
+
+def test_the_warmup_comes_before_everything_else(fitted):
+    s, call, rule = fitted
+    assert run(s, dataclasses.replace(rule, warmup=5, until=0.2), call)[1].nfe == 6 + 5
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d["cond"][1].__setitem__(0, float("nan")), "cond must be 6 lists of finite numbers"),
+        (lambda d: d["cond"].__setitem__(1, []), "uncond must be one number shorter than cond at each step"),
+        (lambda d: d["uncond"].__setitem__(0, [1.0]), "uncond must be one number shorter"),
+        (lambda d: d.__setitem__("cond", {"0": []}), "cond must be 6 lists"),
+        (lambda d: d["intercept"].append(0.0), "intercept must be 6 finite numbers"),
+        (lambda d: d["made_for"].pop("rule"), "made_for must be a dict of model, rule, scheduler, timesteps, weights"),
+        (lambda d: d.__setitem__("made_for", None), "made_for must be a dict"),
+        (lambda d: d.__setitem__("version", 99), "version must be 1"),
+    ],
+)
+def test_a_damaged_file_is_refused_naming_the_field(fitted, tmp_path, damage, message):
+    path = fitted[2].coefficients.save(tmp_path / "c.json")
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"c.json' is no file written by LinearAG: {message}"):
+        LinearAG(4.0, coefficients=str(path))
+
+
+def test_a_json_bomb_and_a_device_are_refused(fitted, tmp_path):
+    (tmp_path / "bomb.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="is no file written by LinearAG"):
+        LinearAG(4.0, coefficients=str(tmp_path / "bomb.json"))
+    with pytest.raises(OSError, match="is no regular file"):
+        fitted[2].coefficients.save(tmp_path)
+    assert not list(tmp_path.parent.glob("*.tmp"))
+
+
+def test_what_is_fitted_is_fitted_at_the_rules_scale(fitted):
+    s, call, rule = fitted
+    for method in (rule.fitted, AdaptiveGuidance(4.0).calibrated):
+        with pytest.raises(ValueError, match=r"guidance_scale=2.0: give the scale to the rule"):
+            method(s.pipe, PROMPTS, guidance_scale=2.0, **call)
+        with pytest.raises(ValueError, match="prompts must be a list of texts, got the text 'a red circle'"):
+            method(s.pipe, "a red circle", **call)

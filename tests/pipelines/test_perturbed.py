@@ -10,7 +10,7 @@ from diffgen.table import denoisers
 from diffgen.tiny import TINY, tiny_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*guidance-distilled")
-EVERYWHERE = {"start": 0.0, "stop": 1.0}
+EVERYWHERE: dict = {"start": 0.0, "stop": 1.0}
 
 
 def untouched(pipe):
@@ -75,7 +75,7 @@ def test_skipped_blocks_are_diffusers_layer_skip_hook(name, scene):
             return cond
 
     s = scene(name)
-    with guide(s.pipe, Spy(4.0)):
+    with guide(s.pipe, Spy(4.0, **EVERYWHERE)):
         s.run(s.call)
     assert torch.equal(seen["ours"], seen["theirs"])
     assert not torch.allclose(seen["ours"], seen["cond"], rtol=1e-3, atol=1e-3)
@@ -131,7 +131,7 @@ def test_without_cfg_the_unconditional_prediction_is_left_out(scene):
 
 def test_it_acts_in_its_window_only(scene):
     s = scene("StableDiffusion3Pipeline")
-    for window, nfe in (((0.0, 0.3), 7), ((0.3, 1.0), 8), ((0.9, 1.0), 6)):
+    for window, nfe in (((0.0, 0.3), 7), ((0.3, 1.0), 8), ((0.6, 1.0), 7)):
         with guide(s.pipe, PAG(4.0, start=window[0], stop=window[1])) as run:
             s.run(s.call)
         assert run.nfe == nfe
@@ -194,7 +194,7 @@ def test_autoguidance_takes_the_inner_rules_form(scene):
 
     class Spy(CFG):
         def __call__(self, cond, uncond, step):
-            assert torch.equal(uncond, step.extra["weak"])
+            assert torch.equal(uncond, next(iter(step.extra.values())))
             return super().__call__(cond, uncond, step)
 
     with guide(s.pipe, AutoGuidance(Spy(2.0), weak=weak)):
@@ -205,7 +205,7 @@ def test_a_missing_weak_model_is_an_error(scene):
     s = scene("StableDiffusion3Pipeline")
     with (
         guide(s.pipe, AutoGuidance(2.0, weak="/no/such/model")),
-        pytest.raises((OSError, ValueError), match="/no/such/model"),
+        pytest.raises(ValueError, match="/no/such/model': no such folder"),
     ):
         s.run(s.call)
     assert untouched(s.pipe)
@@ -286,3 +286,72 @@ def test_a_compiled_denoiser_is_altered_all_the_same(scene):
     s.pipe.transformer = torch.compile(s.pipe.transformer, backend="eager")
     with guide(s.pipe, PAG(4.0)):
         torch.testing.assert_close(s.run(s.call), want, rtol=1e-4, atol=1e-4)
+
+
+def test_two_rules_of_one_kind_keep_their_predictions_apart(scene):
+    s = scene("StableDiffusion3Pipeline")
+
+    def run(rule):
+        with guide(s.pipe, rule) as opened:
+            return s.run(s.call), opened.nfe
+
+    both, nfe = run(PAG(PAG(4.0, strength=1.0, layers=0), strength=1.0, layers=1))
+    assert nfe == 12
+    for layer in (0, 1):
+        assert not torch.allclose(both, run(PAG(4.0, strength=2.0, layers=layer))[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", [PAG(4.0), SEG(4.0), SLG(4.0, **EVERYWHERE), AutoGuidance(3.0)])
+def test_gradient_checkpointing_changes_no_gradient(rule, scene):
+    """The backward pass runs checkpointed blocks again, when they are no longer altered."""
+    s = scene("StableDiffusion3Pipeline")
+    recorded = next(iter(s.record(rule).values()))[1]
+    found = []
+    for checkpoint in (False, True):
+        if checkpoint:
+            s.pipe.transformer.enable_gradient_checkpointing()
+        s.pipe.transformer.train(checkpoint)  # checkpoints are made in train mode only
+        s.pipe.transformer.zero_grad()
+        recorded.replay().square().mean().backward()
+        found.append(torch.cat([p.grad.flatten() for p in s.pipe.transformer.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert s.pipe.transformer.is_gradient_checkpointing
+
+
+def test_seg_says_that_fused_projections_hide_the_queries(scene):
+    s = scene("StableDiffusionPipeline")
+    s.pipe.fuse_qkv_projections(vae=False)
+    with guide(s.pipe, SEG(4.0)), pytest.raises(ValueError, match=r"SEG blurred no query .* unfuse_qkv_projections"):
+        s.run(s.call)
+
+
+def test_a_cached_denoiser_keeps_a_cache_of_its_own_for_further_calls(scene):
+    from diffusers import FirstBlockCacheConfig
+
+    s = scene("FluxPipeline")
+    with guide(s.pipe, SLG(4.0, layers=(1,), **EVERYWHERE)):
+        want = s.run(s.call)
+    s.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with guide(s.pipe, SLG(4.0, layers=(1,), **EVERYWHERE)):
+        torch.testing.assert_close(s.run(s.call), want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_weak_model_that_cannot_be_called_is_refused(scene):
+    s = scene("WanPipeline", two_experts=True)
+    with (
+        guide(s.pipe, AutoGuidance(2.0, weak=s.pipe.transformer_2)),
+        pytest.raises(ValueError, match="own transformer_2"),
+    ):
+        s.run(s.call)
+    s, weak = scene("StableDiffusion3Pipeline"), tiny_pipeline("StableDiffusion3Pipeline", seed=1).transformer
+    with guide(s.pipe, AutoGuidance(2.0, weak=weak.train())), pytest.raises(ValueError, match="in train mode"):
+        s.run(s.call)
+
+
+def test_a_window_that_holds_no_step_is_refused(scene):
+    s = scene("StableDiffusion3Pipeline")
+    with (
+        guide(s.pipe, SLG(4.0)),
+        pytest.raises(ValueError, match=r"SLG acts from 0.01 to 0.2 of the steps, which are none of 3"),
+    ):
+        s.run(s.call)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from diffgen import registry
-from diffgen.pipelines import APG, CFG, Rescale, Wrapper
+from diffgen.pipelines import APG, CFG, LinearAG, Rescale, Wrapper
 from diffgen.pipelines.specs import assignments, fit, option_names, parse, rule
 
 
@@ -47,7 +47,7 @@ def test_an_option_of_two_links_goes_to_the_outer_one():
 def test_unknown_options_and_names_are_told_with_the_nearest_valid_ones():
     with pytest.raises(ValueError, match=r"'rescale\+apg' has no option 'etta': did you mean 'eta'.*momentum.*phi"):
         rule("rescale+apg", {"etta": 1})
-    with pytest.raises(ValueError, match="has no option 'rule'"):
+    with pytest.raises(ValueError, match=r"the rule inside is named in the chain, such as rescale\+apg"):
         rule("rescale+apg", {"rule": 1})
     for spec in ("apq", "rescale+apq"):
         with pytest.raises(ValueError, match="'apq' is unknown: did you mean 'apg'"):
@@ -85,10 +85,21 @@ def test_parse_splits_a_spec_from_its_options():
 
 
 def test_fit_reaches_a_rule_inside_wrappers():
-    class Learned(CFG):
+    class Learned(LinearAG):
         def fitted(self, pipe, prompts, num_inference_steps):
             return CFG(self.scale, rescale=num_inference_steps / 10)
 
-    assert fit(Rescale(Learned(4.0)), None, ["a"], 5) == Rescale(CFG(4.0, rescale=0.5))
+    assert fit(Rescale(Learned(4.0)), None, ["a"], num_inference_steps=5) == Rescale(CFG(4.0, rescale=0.5))
     plain = Rescale(CFG(4.0))
-    assert fit(plain, None, ["a"], 5) is plain
+    assert fit(plain, None, ["a"], num_inference_steps=5) is plain
+
+
+def test_options_name_their_link_and_lists_come_in_several_forms():
+    built = rule("interval+slg", {"start": 0.1, "slg.start": 0.0, "layers": "7,8", "scale": 4})
+    assert (built.start, built.inner.start, built.inner.layers, built.scale) == (0.1, 0.0, (7, 8), 4.0)
+    assert rule("pag", {"layers": 1}).layers == (1,)
+    assert rule("pag", {"layers": "transformer_blocks.1"}).layers == ("transformer_blocks.1",)
+    assert rule("fdg", {"scales": "(8, 3)"}).scales == (8.0, 3.0)
+    assert rule("fdg", {"scales": [8, 3]}).scales == (8.0, 3.0)
+    with pytest.raises(ValueError, match="has no option 'pag.start'"):
+        rule("interval+slg", {"pag.start": 0.0})
