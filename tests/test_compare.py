@@ -197,7 +197,7 @@ def test_apart_means_more_than_chance_on_the_same_prompts():
     assert apart(bits(6), bits(0))
     assert apart(bits(0), bits(6))
     assert not apart(bits(30), bits(30))
-    assert not apart(bits(40), 1 - bits(30))  # 10 higher, but each wins where the other loses
+    assert not apart(bits(40), 1 - bits(30))  # 40 to 34, but each wins where the other loses
     scores = 10 * torch.rand(20, generator=torch.Generator().manual_seed(0))
     assert apart(scores + 0.1 + 0.01 * bits(10)[:20], scores)  # paired: the spread of the prompts is no noise
     assert not apart(scores[:1] + 3, scores[:1])

@@ -205,7 +205,6 @@ def test_calibration_counts_what_the_inner_rule_really_evaluates(inner, scene):
     ("rule", "message"),
     [
         (lambda: AdaptiveGuidance(AutoGuidance(4.0)), "AutoGuidance inside it makes none"),
-        (lambda: AdaptiveGuidance(PAG(1.0)), "scale 1 inside it makes none"),
         (lambda: AdaptiveGuidance(Interval(AdaptiveGuidance(4.0))), "AdaptiveGuidance inside AdaptiveGuidance"),
         (lambda: AutoGuidance(AutoGuidance(4.0)), "AutoGuidance inside AutoGuidance"),
         (lambda: ZeroStar(AutoGuidance(4.0)), r"AutoGuidance\(ZeroStar\(...\)\) works"),
@@ -215,3 +214,9 @@ def test_calibration_counts_what_the_inner_rule_really_evaluates(inner, scene):
 def test_chains_in_which_a_rule_could_do_nothing_are_refused(rule, message):
     with pytest.raises(ValueError, match=message):
         rule()
+
+
+def test_around_a_rule_at_scale_1_there_is_nothing_to_leave_out(scene):
+    s = scene("StableDiffusion3Pipeline")
+    with guide(s.pipe, AdaptiveGuidance(PAG(1.0))), pytest.raises(ValueError, match="AdaptiveGuidance at scale 1: PAG"):
+        s.run(s.call)

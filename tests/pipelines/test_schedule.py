@@ -233,5 +233,5 @@ def test_a_bad_argument_is_an_error_that_names_the_field(rule, options, message)
 
 
 def test_a_shape_that_gives_no_scale_is_an_error_at_its_step():
-    with pytest.raises(ValueError, match="Scheduled.shape must give a number, got nan at progress 0"):
+    with pytest.raises(ValueError, match=r"Scheduled.shape must give a number, got nan at progress 0"):
         Scheduled(4.0, lambda p: float("nan"))(C, U, step())

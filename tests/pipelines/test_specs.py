@@ -101,5 +101,5 @@ def test_options_name_their_link_and_lists_come_in_several_forms():
     assert rule("pag", {"layers": "transformer_blocks.1"}).layers == ("transformer_blocks.1",)
     assert rule("fdg", {"scales": "(8, 3)"}).scales == (8.0, 3.0)
     assert rule("fdg", {"scales": [8, 3]}).scales == (8.0, 3.0)
-    with pytest.raises(ValueError, match="has no option 'pag.start'"):
+    with pytest.raises(ValueError, match=r"has no option 'pag.start'"):
         rule("interval+slg", {"pag.start": 0.0})
