@@ -362,12 +362,13 @@ def _ranking(todo: Plan, cells: list[Measured]) -> dict[str, Any] | None:
     None where there is no measure that looks at the prompt, or too little to rank by it.
     """
     key, _ = todo.quality
-    able = [cell for cell in cells if cell.results is not None and not cell.error]
+    results = {cell: cell.results for cell in cells if cell.results is not None and not cell.error}
+    able = list(results)
     if key == "psnr" or len(todo.prompts) < 2 or len(able) < 2:
         return None
     top = max(cell.get(key) for cell in able)
-    highest = sorted((cell for cell in able if cell.get(key) == top), key=lambda cell: cell.nfe)
-    near = [cell for cell in able if cell not in highest and not apart(highest[0].results, cell.results)]
+    highest = sorted((cell for cell in able if cell.get(key) == top), key=lambda cell: cell.nfe or 0)
+    near = [cell for cell in able if cell not in highest and not apart(results[highest[0]], results[cell])]
     named = {name: [[c.rule, c.scale] for c in found] for name, found in (("highest", highest), ("not_apart", near))}
     return {**named, "best": None if near or len(highest) > 1 else named["highest"][0], "of": len(able)}
 

@@ -221,8 +221,9 @@ def _plots(todo: Plan, cells: list[Measured], numbers: dict) -> Section | None:
                 xy = [at[c] for c in mine]
                 axes.plot(*zip(*xy), MARKERS[k % len(MARKERS)] + "-", color=f"C{k}", ms=6, lw=1.4, label=name, zorder=3)
                 for c in mine:
-                    low, high = (getattr(c, key)[end] for end in ("low", "high")) if key != "psnr" else (None, None)
-                    if low is not None:
+                    full: Any = getattr(c, key)
+                    low, high = (full["low"], full["high"]) if isinstance(full, dict) else (None, None)
+                    if low is not None and high is not None:
                         reach = [[max(0.0, at[c][1] - low)], [max(0.0, high - at[c][1])]]
                         axes.errorbar(*at[c], reach, fmt="none", ecolor=f"C{k}", elinewidth=1, alpha=0.4, zorder=1)
                 best = [at[c] for c in mine if [c.rule, c.scale] in numbers["pareto"][x]]
@@ -314,6 +315,9 @@ def _table(todo: Plan, cells: list[Measured], numbers: dict) -> Section:
         note += "Verified: share of images that the exact verifier of the world accepts, with the 95% Wilson interval. "
     if todo.clip:
         note += f"CLIP score: 100 times the cosine of image and prompt, by {todo.clip}, with 95% intervals. "
+    if numbers["ranking"]:
+        test = "McNemar's exact test" if todo.world else "a paired t-test"
+        note += f"Told apart: by {test} on images of the same prompt and seed, at 5%. "
     if len(todo.rules) > 1:
         note += f"PSNR and SSIM compare with the images of {first} at the same scale; equal ones count as 60 dB. "
     return Section("All numbers", table=rows, note=note + f"The same numbers, with intervals, are in {todo.json.name}.")

@@ -51,8 +51,7 @@ def linear_ag(
     rule = specs.rule(guidance, specs.assignments(option or []))
     texts = _prompts(model, prompts, n, seed)
     if out is None:
-        count = f"-steps{steps}" if steps else ""
-        name = re.sub(r"[^\w.+=-]+", "_", linear.brief(rule)).strip("_") + count
+        name = re.sub(r"[^\w.+=-]+", "_", linear.brief(rule)).strip("_") + (f"-steps{steps}" if steps else "")
         out = (Path(model) if Path(model).is_dir() else Path()) / "linear_ag" / f"{name}.json"
     check_writable(out, "--out")
     pipe = load(model, device=device, dtype=dtype)

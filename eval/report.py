@@ -163,7 +163,7 @@ def label_points(axes, points: list[tuple[float, float]], texts: list[str], colo
         ((x - 7 * unit, y - 7 * unit, x + 7 * unit, y + 7 * unit), 8.0) for x, y in at
     ]  # (box, what covering it costs)
     for line in axes.lines:  # small boxes along every line
-        path = to_canvas(line.get_xydata()) if line.get_transform() == axes.transData else []
+        path = line.get_transform().transform(line.get_xydata())
         for (x0, y0), (x1, y1) in itertools.pairwise(path):
             steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / (4 * unit)))
             middles = [(x0 + (x1 - x0) * k / steps, y0 + (y1 - y0) * k / steps) for k in range(steps)]

@@ -466,3 +466,19 @@ def test_an_image_to_image_pipeline_is_guessed_and_its_rule_sees_the_trimmed_sch
     assert seen == [(t, i, 3, pytest.approx(sigma)) for i, (t, sigma) in enumerate(zip(stepped, sigmas))]
     del call["num_inference_steps"]
     assert check(pipe, steps=4, **call) == 0
+
+
+def test_a_call_keeps_its_own_copy_of_dicts_and_slices_what_they_hold_by_name():
+    """IP-Adapters: pipelines change one joint_attention_kwargs between their two calls."""
+    from diffgen.tap import Call, _copied
+
+    given = {"ip_adapter_image_embeds": [torch.arange(4.0)], "scale": torch.ones(4), "text": ["a"]}
+    call = Call(
+        torch.nn.Identity(), _copied({"hidden_states": torch.zeros(4, 2), "joint_attention_kwargs": given}), None
+    )
+    given["ip_adapter_image_embeds"] = [torch.full((4,), -1.0)]
+    chosen = call.select(torch.tensor([1, 3]))["joint_attention_kwargs"]
+    assert chosen["ip_adapter_image_embeds"][0].tolist() == [1.0, 3.0]
+    assert len(chosen["scale"]) == 4  # not named: it isn't known to carry the batch
+    call.select(None)["joint_attention_kwargs"].clear()
+    assert set(call.kwargs["joint_attention_kwargs"]) == set(given)

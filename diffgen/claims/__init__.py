@@ -23,7 +23,7 @@ from diffgen.files import write_text
 from diffgen.names import nearest
 
 RESULTS = Path("benchmarks/results")
-MODULES = ("diffgen.claims.guidance", "diffgen.claims.training")
+MODULES = ("diffgen.claims.evaluation", "diffgen.claims.guidance", "diffgen.claims.training")
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,8 @@ def run(name: str, seeds: list[int]) -> dict:
     claim, path = known[name], RESULTS / f"{name}.json"
     versions = {package: version(package) for package in ("diffgen", "torch", "diffusers", "transformers", "peft")}
     # seeds measured before are kept if the experiment is still the same: by versions, and by its module's text
-    versions["experiment"] = hashlib.sha256(inspect.getsource(inspect.getmodule(claim.measure)).encode()).hexdigest()[
-        :12
-    ]  # type: ignore[arg-type]
+    source = Path(inspect.getsourcefile(claim.measure) or __file__).read_bytes()
+    versions["experiment"] = hashlib.sha256(source).hexdigest()[:12]
     before = json.loads(path.read_text()) if path.is_file() else {}
     rows = [r for r in before.get("seeds", []) if r["seed"] not in seeds] if before.get("versions") == versions else []
     for seed in seeds:

@@ -106,7 +106,7 @@ def _apg(seed: int) -> dict[str, Any]:
 
     cfg, apg = ({p["scale"]: p for p in points} for points in curves.values())
     pairs = {m: least(m) for m in ("accuracy", "saturation", "clipped", "fd")}
-    pairs["best"] = tuple(max(p["accuracy"] for p in points.values()) for points in (cfg, apg))
+    pairs["best"] = max(p["accuracy"] for p in cfg.values()), max(p["accuracy"] for p in apg.values())
     pairs["near: fd"], pairs["near: accuracy"] = ((cfg[2.0][m], apg[8.0][m]) for m in ("fd", "accuracy"))
     return pairs | {"details": {"curves": curves}}
 
@@ -153,8 +153,9 @@ def _linear_ag(seed: int) -> dict[str, Any]:
     fitted = LinearAG(CFG(3.0)).fitted(_pipe(), _prompts(1000 + seed, 192), batch_size=64, num_inference_steps=STEPS)
     coefficients = fitted.coefficients
     assert isinstance(coefficients, Coefficients)
-    last = [[0.0]] + [[0.0, 0.0]] * (STEPS - 1), [[]] + [[1.0]] * (STEPS - 1)  # u_t = u_{t-1}
-    reuse = replace(coefficients, cond=last[0], uncond=last[1], intercept=[0.0] * STEPS)
+    no_c = [[0.0], *[[0.0, 0.0]] * (STEPS - 1)]
+    last_u: list[list[float]] = [[], *[[1.0]] * (STEPS - 1)]
+    reuse = replace(coefficients, cond=no_c, uncond=last_u, intercept=[0.0] * STEPS)  # u_t = u_{t-1}
     cfg = _sample(CFG(3.0), seed)
     found = {"cfg": _measure(cfg, seed)}
 

@@ -258,3 +258,41 @@ def test_a_scale_below_one_is_refused_because_pipelines_would_ignore_it():
     pipe = tiny_pipeline("StableDiffusionPipeline")
     with guide(pipe, CFG(0.5)), pytest.raises(ValueError, match=r"scale 0.5: pipelines run no CFG below 1"):
         pipe("a red circle", num_inference_steps=1, output_type="latent", **call_kwargs("StableDiffusionPipeline"))
+
+
+def test_rules_put_on_one_after_another_leave_no_trail_and_the_pipeline_is_freed(scene):
+    import gc
+    import weakref
+
+    s = scene("StableDiffusion3Pipeline")
+    runs = [guide(s.pipe, CFG(4.0)) for _ in range(5)]
+    assert [run._previous is None for run in runs] == [True, True, True, True, False]
+    assert runs[-1]._previous is runs[-2]
+    gone, pipe = weakref.ref(s.pipe), s.__dict__.pop("pipe")
+    gc.disable()
+    try:
+        del pipe, runs
+        assert gone() is None  # by counting alone: nothing refers to it in a circle
+    finally:
+        gc.enable()
+
+
+def test_blocks_left_in_another_order_and_entered_twice_leave_the_pipeline_as_it_was(sd3):
+    first, second = guide(sd3.pipe, CFG(4.0)), guide(sd3.pipe, CFG(5.0))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert vars(sd3.pipe)["_guidance_run"] is second
+    second.__exit__()
+    assert type(sd3.pipe) is StableDiffusion3Pipeline
+    with guide(sd3.pipe, CFG(4.0)) as run:
+        with run:
+            pass
+        assert vars(sd3.pipe)["_guidance_run"] is run
+    assert type(sd3.pipe) is StableDiffusion3Pipeline
+
+
+@pytest.mark.parametrize("scale", ["7", [4.0], True, float("nan")])
+def test_a_scale_in_the_call_that_is_no_number_is_named(scale, sd3):
+    with guide(sd3.pipe, CFG(4.0)), pytest.raises(ValueError, match="guidance_scale must be a finite number, got"):
+        sd3.run({**sd3.call, "guidance_scale": scale})

@@ -118,6 +118,11 @@ def test_a_cell_without_test_rows_is_an_error_that_names_it():
         f.ct_score(two_cells, two_cells, two_cells[:30], cells=2)
 
 
+def test_at_most_ten_rows_that_are_not_finite_are_listed():
+    with pytest.raises(ValueError, match=r"rows \[0, 1, 2, 3, 4, 5, 6, 7, 8, 9\] and 5 more of 15"):
+        f.vendi(torch.full_like(Y, math.nan))
+
+
 def test_complex_features_are_refused():
     with pytest.raises(TypeError, match=r"X must be real; got torch\.complex64"):
         f.vendi(X.to(torch.complex64))
