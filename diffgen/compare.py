@@ -98,7 +98,7 @@ def compare(todo: Plan, *, device=None, dtype=None, quiet: bool = False) -> dict
                 cell = Measured(name, scale)
                 cells.append(cell)
                 try:
-                    _sample(pipe, build(scale), todo, cell, bar.update)
+                    _sample(pipe, build(scale), todo, cell, bar.update, quiet)
                     _measure(cell, todo, clip_score, reference.get(scale))
                 except Exception as error:  # whatever a rule or a pipeline raises belongs to this cell alone
                     cell.error = f"{type(error).__name__}: {error}"
@@ -175,7 +175,7 @@ def _page(out: Path) -> Path:
 # --------------------------------------------------------------------------------------------- sampling and measuring
 
 
-def _sample(pipe, rule: Guidance, todo: Plan, cell: Measured, tick: Callable[[int], Any]) -> None:
+def _sample(pipe, rule: Guidance, todo: Plan, cell: Measured, tick: Callable[[int], Any], quiet: bool) -> None:
     """Fills in images, nfe and seconds_per_image. Image i has its own seed, the same in every cell."""
     extra: dict[str, Any] = {"num_inference_steps": todo.steps} if todo.steps else {}
     negative = {"negative_prompt": todo.negative} if todo.negative is not None else {}
@@ -183,7 +183,7 @@ def _sample(pipe, rule: Guidance, todo: Plan, cell: Measured, tick: Callable[[in
     others = [p for p in shapes.prompts(256, seed=2, split="all") if p not in known] if todo.world else []
     others = (others or list(dict.fromkeys(todo.prompts)))[:64]
     given = rule
-    rule = specs.fit(rule, pipe, others, batch_size=todo.batch, **extra, **negative)
+    rule = specs.fit(rule, pipe, others, batch_size=todo.batch, quiet=quiet, **extra, **negative)
     cell.fitted = _fitted(given, rule, others, other=todo.world)
     drawn = draw(pipe, rule, todo.prompts, todo.seed, batch_size=todo.batch, tick=tick, **extra, **negative)
     cell.images, cell.nfe, cell.seconds_per_image = drawn.images, drawn.nfe, drawn.seconds

@@ -327,6 +327,7 @@ def fit(
     intercept: bool = False,
     batch_size: int = 16,
     seed: int = 0,
+    quiet: bool = False,
     **call,
 ) -> Coefficients:
     """Least squares of u_t on c_t and the K = history past pairs, at every step of `rule`'s trajectories (see `fitted`)."""
@@ -339,7 +340,7 @@ def fit(
     refuse_scale(pipe, call)
     collect = _Collect(rule, history=history, intercept=intercept)
     parts = batches(prompts, batch_size)
-    for i, batch in enumerate(tqdm(parts, desc="fit", disable=len(parts) < 3)):
+    for i, batch in enumerate(tqdm(parts, desc="fit", disable=quiet or len(parts) < 3)):
         generators = [generator("fit", seed, i * batch_size + j) for j in range(len(batch))]
         with guide(pipe, collect):
             pipe(batch, generator=generators, output_type="latent", **call)
