@@ -24,10 +24,10 @@ PANELS = {  # curve: (title, what is on the x axis)
 }
 LINES = {  # measure: (label, colour, marker, dashes)
     "fd": ("FD", 0, "o", "-"),
-    "kid": ("KID", 1, "s", "--"),
+    "kid": ("1000 KID", 1, "s", "--"),
     "precision": ("precision", 4, "^", "-"),
     "recall": ("recall", 3, "v", "--"),
-    "vendi": ("Vendi (share of the true images')", 2, "D", ":"),
+    "vendi": ("Vendi, share of true images'", 2, "D", ":"),
 }
 
 
@@ -39,52 +39,59 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     seeds = result["seeds"]
 
     def values(curve: str, measure: str) -> np.ndarray:
-        """[seeds, points]; distances in units of what one kind of shape alone gives, Vendi of what true images give."""
+        """[seeds, points]; Vendi as a share of what it is for true images."""
         found = np.array([[point[measure] for point in row["curves"][curve]] for row in seeds])
-        unit = {"vendi": ("noise", 0), "fd": ("kinds", -1), "kid": ("kinds", -1)}.get(measure.split()[0])
-        if measure.startswith("floor"):
-            unit, measure = ("kinds", -1), "fd"
-        if unit is None:
-            return found
-        return found / np.array([[row["curves"][unit[0]][unit[1]][measure.split()[0]]] for row in seeds])
+        if measure == "vendi":
+            found = found / np.array([[row["curves"]["noise"][0]["vendi"]] for row in seeds])
+        return found
 
     style = {"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID, "axes.axisbelow": True}
     ticks = {"xtick.color": GRID, "ytick.color": GRID, "xtick.labelcolor": SOFT, "ytick.labelcolor": SOFT}
     with rc_context(style | ticks | {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
         figure = Figure(figsize=(11.5, 5.6), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(2, 4, sharey="row")
-        for column, (curve, (title, label)) in enumerate(PANELS.items()):
-            points = seeds[0]["curves"][curve]
-            names, x = [str(p.get("x", p.get("images"))) for p in points], np.arange(len(points))
+        axes = figure.subplots(2, len(PANELS))
+        for (curve, (title, label)), (distance, share) in zip(PANELS.items(), axes.T):
+            names = [str(point["x"]) for point in seeds[0]["curves"][curve]]
+            x = np.arange(len(names))
+            ends = [
+                values(curve, f"floor {end}").mean(0)
+                if curve == "sizes"
+                else np.full(len(x), np.mean([row["floor"][f"floor {end}"] for row in seeds]))
+                for end in ("low", "high")
+            ]
+            distance.fill_between(x, *ends, color="#9a9aa5", alpha=0.4, linewidth=0, label="FD's noise floor")
             for measure, (text, color, marker, dashes) in LINES.items():
-                panel, y = axes[int(measure not in ("fd", "kid"))][column], values(curve, measure)
-                own = COLORS[color][0]
+                panel, y, own = (
+                    distance if measure in ("fd", "kid") else share,
+                    values(curve, measure),
+                    COLORS[color][0],
+                )
                 panel.fill_between(x, y.min(0), y.max(0), color=own, alpha=0.18, linewidth=0)
-                panel.plot(x, y.mean(0), color=own, marker=marker, linestyle=dashes, label=text if column == 0 else None)
+                panel.plot(x, y.mean(0), color=own, marker=marker, linestyle=dashes, label=text)
             if curve == "sizes":
-                low, high = (values(curve, f"floor {end}").mean(0) for end in ("low", "high"))
-            else:
-                scale = [row["curves"]["kinds"][-1]["fd"] for row in seeds]
-                low, high = (
-                    np.mean([row["floor"][k] / s for row, s in zip(seeds, scale)]).repeat(len(x)) for k in ("low", "high")
+                infinity = np.mean([row["curves"]["sizes"][-1]["fd infinity"] for row in seeds])
+                distance.plot(
+                    x[-1],
+                    infinity,
+                    "*",
+                    color=INK,
+                    markerfacecolor="white",
+                    markersize=14,
+                    label="FD∞, from 100 to 400 images",
                 )
-            band = "FD's noise floor" if column == 0 else None
-            axes[0][column].fill_between(x, low, high, color="#9a9aa5", alpha=0.35, linewidth=0, label=band)
-            if curve == "sizes":
-                ends = [row["curves"]["sizes"][-1]["fd infinity"] / row["curves"]["kinds"][-1]["fd"] for row in seeds]
-                axes[0][column].plot(
-                    x[-1], np.mean(ends), "*", color=COLORS[0][0], markersize=13, label="FD∞", linestyle="none"
-                )
-            axes[0][column].set_title(title, fontsize=12, fontweight="bold", loc="left")
-            axes[1][column].set_xlabel(label)
-            for panel in axes[:, column]:
+            distance.set_title(title, fontsize=12, fontweight="bold", loc="left")
+            share.set_xlabel(label)
+            share.set_ylim(-0.03, 1.07)
+            for panel in (distance, share):
                 panel.set_xticks(x, names)
                 panel.grid(color=GRID, linewidth=0.6, alpha=0.7)
-        axes[0][0].set_ylabel("distance\n(1: one kind of shape left)")
-        axes[1][0].set_ylabel("quality and diversity")
-        axes[1][0].set_ylim(bottom=0)
-        figure.legend(loc="outside lower center", ncols=7, handlelength=2.4)
+        axes[0, 0].set_ylabel("distance (scales differ)")
+        axes[1, 0].set_ylabel("quality and diversity")
+        known = {t: h for panel in axes.flat for h, t in zip(*panel.get_legend_handles_labels())}
+        figure.legend(
+            known.values(), known.keys(), loc="outside lower center", ncols=7, handlelength=2.2, columnspacing=1.2
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     return path

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from diffgen import fit
+from diffgen.eval import cli as eval_cli
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
 )
 
 app.add_typer(fit.app, name="fit")
+app.add_typer(eval_cli.app, name="eval")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -150,25 +151,6 @@ def compare(
     typer.echo(f"page: {todo.page.resolve()}")
 
 
-@app.command("eval")
-def evaluate_command(
-    generated: Annotated[str, typer.Argument(help="Folder of images.")],
-    reference: Annotated[str | None, typer.Option("--reference", "-r", help="Folder of reference images.")] = None,
-    metrics: Annotated[
-        str | None, typer.Option("--metrics", "-m", help="Comma-separated; default: fd (with -r), pairwise, vendi.")
-    ] = None,
-    as_json: AsJson = False,
-):
-    """Metrics of a set of images, with 95% intervals."""
-    from diffgen.eval import evaluate
-
-    names = metrics or ("fd,pairwise,vendi" if reference else "pairwise,vendi")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # they stand under the table
-        result = evaluate(generated, reference, metrics=[m.strip() for m in names.split(",")])
-    typer.echo(result.to_json() if as_json else result.table())
-
-
 @app.command()
 def methods(stage: Annotated[str | None, typer.Argument(help="Only this stage.")] = None, as_json: AsJson = False):
     """Every registered method: stage, name, paper, what it does, options."""
@@ -245,9 +227,14 @@ def _prompts_and_options(
 
 
 def main() -> None:
-    """Bad input ends with one message and exit code 2, not with a traceback."""
+    """Bad input ends with one message and exit code 2, missing weights with 3: no traceback."""
     try:
         app()
+    except ModuleNotFoundError as error:
+        if os.environ.get("DIFFGEN_TRACEBACK") or type(error).__name__ != "MissingWeights":
+            raise
+        typer.echo(f"diffgen: {error}", err=True)
+        raise SystemExit(3) from None
     except (ValueError, OSError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("DIFFGEN_TRACEBACK"):
             raise

@@ -1,12 +1,12 @@
-"""Evaluation: `evaluate(generated, reference)` for the report, `functional` for the metrics as plain functions."""
+"""Evaluation: `evaluate(generated, reference)` and `compare(a, b)` for reports, `functional` for metrics as plain functions."""
 
 from __future__ import annotations
 
 import importlib
 
-_HOME = {"evaluate": "run", "EvalResult": "run"}
+_HOME = {"evaluate": "run", "EvalResult": "result", "compare": "paired", "Comparison": "paired"}
 
-__all__ = ["EvalResult", "evaluate", "functional"]
+__all__ = ["Comparison", "EvalResult", "compare", "evaluate", "functional"]
 
 
 def __getattr__(name: str):

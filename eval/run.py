@@ -1,198 +1,276 @@
-"""`evaluate`: images in, a table of metrics with their uncertainty out.
-
-METRICS is the list of what can be measured; a new metric is one row of it.
-"""
+"""`evaluate`: images in, a table of metrics with their uncertainty out. What can be measured: `metrics_table.METRICS`."""
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
-from importlib.metadata import version
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffgen.eval import functional
-from diffgen.eval.extractors import Extractor, get_extractor
-from diffgen.eval.images import ImageSource, load_images
+from diffgen.eval import functional, result
+from diffgen.eval.extractors import Extractor
+from diffgen.eval.features import Stats
+from diffgen.eval.images import ImageSource, format_warning
+from diffgen.eval.metrics_table import (
+    METRICS,
+    SETS,
+    Metric,
+    Verifier,
+    fd_floor_of_stats,
+    too_few,
+)
+from diffgen.eval.passes import ImageSet, world
+from diffgen.eval.result import EvalResult, Score
+from diffgen.eval.work import ScorerLike, Work, prepare
 
-Verifier = Callable[[Tensor, list[str]], Any]
-Floor = dict[str, "float | None"]  # plug_in: usually too low; split: usually too high, None when it can't be had
+__all__ = ["METRICS", "EvalResult", "Score", "evaluate"]
 
-
-def verify(images: Tensor, prompts: list[str], verifier: Verifier) -> Tensor:
-    """Answers of the verifier, one 0 or 1 an image: float64 [N]."""
-    answers = torch.as_tensor(verifier(images, prompts)).cpu().double()
-    if answers.shape != (len(images),):
-        raise ValueError(f"verifier must return [{len(images)}] values, one an image; got {list(answers.shape)}")
-    if not bool(((answers == 0) | (answers == 1)).all()):
-        wrong = answers[(answers != 0) & (answers != 1)][0].item()
-        raise ValueError(f"verifier must return values in {{0,1}}; got {wrong}")
-    return answers
-
-
-def fd_floor_bracket(X: Tensor, Y: Tensor, seed: int) -> Floor:
-    """What FD between two samples of Y's distribution would be; no split when Y has fewer than 4 rows."""
-    plug_in = functional.fd_floor(functional.spectrum(Y), len(X), len(Y))
-    split = functional.fd_floor_split(Y, len(X), seed=seed) if len(Y) >= 4 else None
-    return {"plug_in": plug_in, "split": split}
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One row of METRICS. `function` takes what `needs` names and gives a float, or one value an image [N]."""
-
-    function: Callable[..., Any]
-    needs: tuple[str, ...]  # of x (generated features), y (reference features), images, prompts, verifier
-    higher_is_better: bool | None  # None: neither; compare with the reference
-    summary: str
-    paper: str = ""  # arXiv id
-    floor: Callable[[Tensor, Tensor, int], Floor] | None = None
-
-
-METRICS: dict[str, Metric] = {
-    "fd": Metric(functional.fd, ("x", "y"), False, "Fréchet distance", "1706.08500", fd_floor_bracket),
-    "pairwise": Metric(functional.mean_pairwise, ("x",), True, "mean pairwise cosine distance", "2512.24138"),
-    "vendi": Metric(functional.vendi, ("x",), True, "effective number of different images", "2210.02410"),
-    "saturation": Metric(functional.saturation, ("images",), None, "mean HSV saturation"),
-    "contrast": Metric(functional.contrast, ("images",), None, "standard deviation of luma"),
-    "clipping": Metric(functional.clipping, ("images",), False, "share of channel values at 0 or 255"),
-    "verifier": Metric(verify, ("images", "prompts", "verifier"), True, "share of images that pass the verifier"),
-}
-
-# need -> the argument of evaluate that may be absent
-ARGUMENTS = {"y": "reference", "prompts": "prompts", "verifier": "verifier"}
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric's value with its 95% interval and what it depends on."""
-
-    value: float
-    low: float | None
-    high: float | None
-    interval: str | None  # "bootstrap": value +- 1.96 bootstrap sd; "standard error": of a mean over images; "wilson"
-    higher_is_better: bool | None
-    n: int
-    m: int | None = None  # reference images, where the metric uses them
-    extractor: str | None = None
-    floor: Floor | None = None
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """What `evaluate` found: `value(name)`, `table()`, `to_json(path)`, and `scores` with everything."""
-
-    scores: dict[str, Score]
-    seed: int
-    ci_samples: int
-    warnings: list[str] = field(default_factory=list)
-
-    def value(self, metric: str) -> float:
-        if metric not in self.scores:
-            raise KeyError(f"{metric!r} was not evaluated; there are {', '.join(self.scores)}")
-        return self.scores[metric].value
-
-    def table(self) -> str:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("metric", "", box=box.SIMPLE)
-        for column in ("value", "95% interval", "noise floor", "n", "m"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("features", no_wrap=True)
-        for name, score in self.scores.items():
-            better = {True: "↑", False: "↓", None: ""}[score.higher_is_better]
-            counts = (str(score.n), "" if score.m is None else str(score.m))
-            cells = (f"{score.value:.4g}", _interval(score), _floor(score), *counts, score.extractor or "")
-            table.add_row(name, better, *cells)
-        output = io.StringIO()
-        console = Console(file=output, width=140, color_system=None)
-        console.print(table, *(f"warning: {text}" for text in self.warnings), sep="\n", markup=False, soft_wrap=True)
-        return "\n".join(line.rstrip() for line in output.getvalue().strip("\n").splitlines())
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        report = {"schema_version": 1, "metrics": {name: asdict(score) for name, score in self.scores.items()}}
-        report |= {"seed": self.seed, "ci_samples": self.ci_samples, "warnings": self.warnings}
-        report["versions"] = {package: version(package) for package in ("diffgen", "torch", "timm")}
-        text = json.dumps(report, indent=2, allow_nan=False)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-        return text
+HALF_ROWS = 1000  # rows that "half" intervals draw at most
 
 
 def evaluate(
     generated: ImageSource,
-    reference: ImageSource | None = None,
+    reference: ImageSource | Stats | None = None,
     *,
+    train: ImageSource | None = None,
+    test: ImageSource | None = None,
     prompts: Sequence[str] | None = None,
-    metrics: Sequence[str] = ("fd", "pairwise", "vendi"),
+    groups: Sequence[Hashable] | None = None,
+    metrics: Sequence[str] | str = ("fd", "pairwise", "vendi"),
     extractor: str | nn.Module | Extractor = "efficientnet-lite0",
+    scorers: Sequence[ScorerLike] = (),
     verifier: Verifier | None = None,
-    ci_samples: int = 50,
+    n: int | None = None,
+    batch_size: int = 64,
     seed: int = 0,
+    ci_samples: int = 50,
+    cache: Any = None,
+    on_bad_image: str = "error",
+    device: str = "cpu",
+    k: int = 5,
+    out: str | Path | None = None,
+    progress: bool = True,
+    assume_extractor: str | None = None,
+    distributed: bool = False,
 ) -> EvalResult:
     """Measure generated images, alone or against reference images.
 
-    generated, reference: what `load_images` takes: a folder, a uint8 tensor [N,3,H,W], floats in [0,1], or PIL images.
-    prompts:    the text of each generated image, in the images' order.
-    metrics:    names from METRICS.
+    generated, reference, train, test: what `open_source` takes: folders, zips, tensors, lists, datasets, pipelines ... The
+                reference may also be an .npz of statistics, or `Stats`: enough for fd. test: images that were not trained on,
+                for C_T and as the baseline of the other memorisation metrics.
+    prompts:    the text of each generated image, in the images' order. Repeated prompts are resampled as a whole.
+    groups:     one label an image, for "intra_prompt"; default: the prompts.
+    metrics:    names from METRICS, "prdc" for its four, or "all": what can't be had is then left out, with the reason.
     extractor:  what `get_extractor` takes; it runs once over each source, and only when a metric needs features.
+    scorers:    names or "name:option=value", or callables (images uint8 [N,3,H,W], prompts) -> [N] or {name: [N]}.
     verifier:   (images uint8 [N,3,H,W], prompts) -> [N] values in {0,1}; adds the metric "verifier".
-    ci_samples: bootstrap resamples for the intervals of feature metrics; 0 leaves those intervals out.
+    n:          the first n images of each source only; a callable is asked for n.
+    ci_samples: resamples for the intervals of feature metrics; 0 leaves those intervals out.
+    cache, batch_size, on_bad_image: as in `features`.
+    k:          neighbours in precision, recall, density and coverage.
+    out:        an .html, .json or .md file to write, or a folder for all three.
+    assume_extractor: the extractor's id for a statistics file that has none.
+    distributed: under torchrun or accelerate launch: each process takes its share of the images, all return the same result,
+                and the first one writes.
 
     FD comes with its noise floor: the bracket in which FD would lie if both sources were samples of one distribution.
     Raises ValueError for an unknown metric, for a metric whose input is absent, and unless prompts match images.
     """
-    names = _checked_names(metrics, verifier)
-    if ci_samples < 0 or ci_samples == 1:
-        raise ValueError(f"ci_samples must be 0 (no intervals) or at least 2; got {ci_samples}")
-    _check_inputs(names, {"y": reference, "prompts": prompts, "verifier": verifier})
-    needed = {need for name in names for need in METRICS[name].needs}
-
-    images = load_images(generated)
-    if prompts is not None and len(prompts) != len(images):
-        raise ValueError(f"prompts must be one an image; got {len(prompts)} prompts and {len(images)} images")
-    inputs: dict[str, Any] = {"images": images, "verifier": verifier}
-    inputs["prompts"] = None if prompts is None else list(prompts)
-    feature_id = None
-    if needed & {"x", "y"}:
-        extract = get_extractor(extractor)
-        feature_id = extract.id
-        inputs["x"] = extract(images)
-        if reference is not None and "y" in needed:
-            inputs["y"] = extract(load_images(reference))
-
-    scores = {name: _score(METRICS[name], inputs, feature_id, ci_samples, seed) for name in names}
-    notes = _rank_warnings(scores, inputs)
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
-    return EvalResult(scores, seed, ci_samples, notes)
+    paths = result.outputs(out)
+    work = prepare(
+        {"generated": generated}, reference, train, test, prompts, groups, metrics, extractor, scorers, verifier, n,
+        batch_size, seed, ci_samples, cache, on_bad_image, device, k, progress, assume_extractor, distributed,
+    )  # fmt: skip
+    found = _evaluated(work)
+    for text in found.warnings:
+        warnings.warn(text, stacklevel=2)
+    if not distributed or world()[0] == 0:
+        result.write(found, paths)
+    return found
 
 
-def _score(metric: Metric, inputs: dict[str, Any], feature_id: str | None, ci_samples: int, seed: int) -> Score:
-    arguments = [inputs[need] for need in metric.needs]
-    result = metric.function(*arguments)
-    better, n = metric.higher_is_better, len(inputs["images"])
-    if isinstance(result, Tensor):
-        low, high, kind = _interval_of_mean(result, binary="verifier" in metric.needs)
-        return Score(float(result.mean()), low, high, kind, better, n)
+# ---- one metric
+
+
+def _evaluated(work: Work) -> EvalResult:
+    own = work.generated["generated"]
+    skipped, scores = dict(work.skipped), {}
+    memo: dict[Any, Any] = {}
+    for name in dict.fromkeys([*work.names, *(name for name in own.values if name in work.judged)]):
+        if why := unfit(name, work):
+            skipped[name] = why
+            continue
+        try:
+            scores[name] = (
+                _of_images(name, own, work) if name in own.values else _of_features(METRICS[name], work, memo)
+            )
+        except ValueError as error:
+            if not work.skip:
+                raise ValueError(f"metric {name!r}: {error}") from error
+            skipped[name] = str(error)
+    found, notes = remarks(work)
+    sources = {
+        key: {"n": len(images), **_facts(images)} for key, images in [*work.generated.items(), *work.others.items()]
+    }
+    if work.stats:
+        sources["reference"] = {"n": work.stats.n, "kind": "statistics"}
+    found = _rank_warnings(scores, work) + found
+    return EvalResult(
+        scores, work.seed, work.ci_samples, found, skipped, notes + verdicts(scores), sources,
+        work.generated | work.others, work.judged,
+    )  # fmt: skip
+
+
+def unfit(name: str, work: Work) -> str:
+    """Why this metric can't be had from these sets; "" if it can. Raises ValueError instead unless work.skip."""
+    why = ""
+    if name in METRICS:
+        sets = {key: len(images) for key, images in work.others.items()}
+        smallest = min(map(len, work.generated.values()))
+        sizes = {need: smallest if title == "generated" else sets.get(title) for need, title in SETS.items()}
+        known = {need: size for need, size in sizes.items() if size is not None}
+        if work.stats is not None and work.stats.n is not None:
+            known["y"] = work.stats.n
+        why = too_few(METRICS[name], known, work.k)
+    if name in work.judged and all(bool(images.values[name].isnan().all()) for images in work.generated.values()):
+        return "applies to no image"
+    if why and not work.skip:
+        raise ValueError(f"metric {name!r} {why}")
+    return why
+
+
+def _of_images(name: str, own: ImageSet, work: Work) -> Score:
+    """The mean over images. A scorer's NaN: the question doesn't arise for that image."""
+    values = own.values[name]
+    values = values[~values.isnan()] if name in work.judged else values
+    better = work.judged[name] if name in work.judged else METRICS[name].higher_is_better
+    low, high, kind = _interval_of_mean(values, binary=name == "verifier")
+    return Score(float(values.mean()), low, high, kind, better, len(values))
+
+
+def _of_features(metric: Metric, work: Work, memo: dict[Any, Any]) -> Score:
+    """memo: what rows with `part` have in common is computed once."""
+    fn, X, Y, m = bound(metric, work, "generated")
+    own, better = len(work.generated["generated"]), metric.higher_is_better
+    if metric.function not in memo:
+        memo[metric.function] = answer = fn(X) if Y is None else fn(X, Y)
+        spread = None
+        if work.ci_samples and not isinstance(answer, Tensor):
+            spread = resampled_sd(metric, fn, X, Y, work.ci_samples, work.seed, work.clusters("generated"), work.k)
+        memo[metric.function, "sd"] = spread
+    answer, sd = memo[metric.function], memo[metric.function, "sd"]
+    if isinstance(answer, Tensor):
+        return Score(float(answer.mean()), *_interval_of_mean(answer, False), better, own, m, work.extractor)
+    part = 0 if metric.part is None else answer._fields.index(metric.part)
+    value = float(answer if metric.part is None else answer[part])
     low = high = kind = None
-    y = inputs["y"] if "y" in metric.needs else None
-    if ci_samples:
-        margin = 1.96 * functional.bootstrap_sd(metric.function, inputs["x"], y, ci_samples, seed)
-        low, high, kind = result - margin, result + margin, "bootstrap"
-    m = None if y is None else len(y)
-    floor = metric.floor(inputs["x"], y, seed) if metric.floor and y is not None else None
-    return Score(result, low, high, kind, better, n, m, feature_id, floor)
+    if sd is not None:
+        margin = 1.96 * float(sd[part])
+        low, high, kind = (
+            value - margin,
+            value + margin,
+            {"half": "half-sampling"}.get(str(metric.interval), "bootstrap"),
+        )
+    score = Score(value, low, high, kind, better, own, m, work.extractor)
+    return _placed(score, metric, work, X, Y)
+
+
+def _placed(score: Score, metric: Metric, work: Work, X: Tensor, Y: Tensor | None) -> Score:
+    """With what the value is to be held against: floor, null value, or the test set's."""
+    if metric.floor is not None:
+        reference = work.stats
+        floor = (
+            fd_floor_of_stats(X, reference) if reference else metric.floor(X, Y, work.seed) if Y is not None else None
+        )
+        if floor is not None and floor["plug_in"] is not None:
+            excess: result.Floor = {end: None if at is None else score.value - at for end, at in floor.items()}
+            upper = floor["plug_in"] if floor["split"] is None else floor["split"]
+            lowest = score.value if score.low is None else score.low
+            return replace(score, floor=floor, excess=excess, distinguishable=lowest > upper)
+    if metric.null is not None and score.low is not None and score.high is not None:
+        return replace(score, distinguishable=not score.low <= metric.null <= score.high)
+    if metric.needs[:2] == ("x", "train") and "test" not in metric.needs and "test" in work.others:
+        rest = [work.inputs("generated")[need] for need in metric.needs[2:]]
+        return replace(score, baseline=float(metric.function(work.others["test"].x, work.others["train"].x, *rest)))
+    return score
+
+
+def bound(metric: Metric, work: Work, key: str) -> tuple[Callable[..., Any], Tensor, Tensor | None, int | None]:
+    """(fn, X, Y, m): fn(X), or fn(X, Y), is the metric of one generated set; what isn't resampled is bound in fn."""
+    inputs = work.inputs(key)
+    X = inputs[metric.needs[0]]
+    if work.stats is not None and "y" in metric.needs and metric.stats is not None:
+        return metric.stats(work.stats), X, None, work.stats.n
+    second = len(metric.needs) > 1 and metric.needs[1] in ("y", "train")
+    rest = [inputs[need] for need in metric.needs[2 if second else 1 :]]
+    Y = inputs[metric.needs[1]] if second else None
+
+    @wraps(metric.function)
+    def fn(*sets: Tensor) -> Any:
+        return metric.function(*sets, *rest)
+
+    return fn, X, Y, None if Y is None else len(Y)
+
+
+def resampled_sd(
+    metric: Metric, fn: Callable[..., Any], X: Tensor, Y: Tensor | None, samples: int, seed: int,
+    clusters: Sequence[Hashable] | None, k: int,
+) -> Tensor | None:  # fmt: skip
+    """Standard deviation of each part of fn under resampling, [parts]; None where it isn't to be had."""
+    found: list[Tensor] = []
+
+    @wraps(fn)
+    def collected(*sets: Tensor) -> float:
+        found.append(torch.tensor(fn(*sets), dtype=torch.float64).flatten())
+        return 0.0
+
+    if metric.interval == "bootstrap":
+        functional.bootstrap_sd(collected, X, Y, samples, seed, clusters)
+        return torch.stack(found).std(dim=0)
+    if metric.interval != "half":
+        return None
+    least = k + 1 if metric.least == "k+1" else int(metric.least)
+    scale = half_samples(collected, X, Y, samples, seed, clusters, least)
+    return None if scale is None else scale * torch.stack(found).std(dim=0)
+
+
+def half_samples(
+    fn: Callable[..., Any], X: Tensor, Y: Tensor | None, samples: int, seed: int, clusters: Sequence[Hashable] | None,
+    least: int,
+) -> float | None:  # fmt: skip
+    """Calls fn on random subsets without replacement: a share f of the rows (or clusters) of each set, half if they are few.
+
+    Their standard deviation times the returned sqrt(f/(1-f)) estimates that of fn on whole sets: a share f drawn from n has
+    variance s^2/(fn) (1-f). No row comes twice, so nearest neighbours stay what they are. None when a subset has < least rows
+    or fn fails on one.
+    """
+    sets = [X] if Y is None else [X, Y]
+    share = min(0.5, HALF_ROWS / max(map(len, sets)))
+    members = functional.uncertainty._members(clusters, len(X))
+    counts = [max(1, int(share * len(A))) for A in sets]
+    if min(counts) < least:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(n: int, count: int, groups: list[Tensor] | None) -> Tensor:
+        if groups is None:
+            return torch.randperm(n, generator=generator)[:count]
+        chosen = torch.randperm(len(groups), generator=generator)[: max(1, int(share * len(groups)))]
+        return torch.cat([groups[i] for i in chosen.tolist()])
+
+    try:
+        for _ in range(samples):
+            rows = [drawn(len(A), count, members if A is X else None) for A, count in zip(sets, counts)]
+            fn(*(A[chosen] for A, chosen in zip(sets, rows)))
+    except ValueError:
+        return None
+    return math.sqrt(share / (1 - share))
 
 
 def _interval_of_mean(values: Tensor, binary: bool) -> tuple[float | None, float | None, str | None]:
@@ -204,49 +282,56 @@ def _interval_of_mean(values: Tensor, binary: bool) -> tuple[float | None, float
     return mean - margin, mean + margin, "standard error"
 
 
-def _checked_names(metrics: Sequence[str], verifier: Verifier | None) -> list[str]:
-    if isinstance(metrics, str):
-        raise TypeError(f"metrics must be a sequence of names; got the string {metrics!r}, did you mean [{metrics!r}]?")
-    names = list(dict.fromkeys([*metrics, *(["verifier"] if verifier is not None else [])]))
-    if not names:
-        raise ValueError(f"metrics must name at least one of {', '.join(METRICS)}")
-    for name in names:
-        if name not in METRICS:
-            nearest = get_close_matches(str(name), METRICS, n=1, cutoff=0)[0]
-            raise ValueError(f"unknown metric {name!r}; nearest is {nearest!r} of {', '.join(METRICS)}")
-    return names
+# ---- what a reader must know beside the numbers
 
 
-def _check_inputs(names: list[str], given: dict[str, Any]) -> None:
-    absent = {need for need, value in given.items() if value is None}
-    for name in names:
-        missing = [ARGUMENTS[need] for need in METRICS[name].needs if need in absent]
-        if missing:
-            possible = [name for name, metric in METRICS.items() if not absent & set(metric.needs)]
-            raise ValueError(f"metric {name!r} needs {' and '.join(missing)}; without, there are {', '.join(possible)}")
+def remarks(work: Work) -> tuple[list[str], list[str]]:
+    """(warnings, notes) about the sets."""
+    sets = work.generated | work.others
+    found = [f"{key}: {text}" for key, images in sets.items() for text in images.warnings]
+    notes = []
+    for key, images in sets.items():
+        if images.notes["duplicates"]:
+            notes.append(f"{images.notes['duplicates']} of {len(images)} {key} images equal an earlier one")
+        if images.notes["skipped"]:
+            notes.append(f"{len(images.notes['skipped'])} {key} images were unreadable and skipped")
+        if images.x is not None and len(images) > 1 and (zeros := functional.zero_rows(images.x)):
+            notes.append(f"{zeros} {key} images have features 0: cosine metrics count them as one kind of their own")
+    for key, images in work.generated.items():
+        for other, theirs in work.others.items():
+            shared = len(set(images.hashes) & set(theirs.hashes))
+            if sorted(images.hashes) == sorted(theirs.hashes):
+                notes.append(f"{key} and {other} are the same images")
+            elif shared:
+                notes.append(f"{shared} different {key} images are identical to images of {other}")
+        if "reference" in work.others and (text := format_warning(images.source, work.others["reference"].source)):
+            found.append(text)
+    return list(dict.fromkeys(found)), notes
 
 
-def _rank_warnings(scores: dict[str, Score], inputs: dict[str, Any]) -> list[str]:
+def verdicts(scores: dict[str, Score]) -> list[str]:
+    texts = []
+    for name, score in scores.items():
+        if score.distinguishable is False:
+            why = f"its floor is {result.bracket_text(score.floor)}" if score.floor else "its interval contains 0"
+            texts.append(f"{name} {score.value:.4g}: not distinguishable from the reference ({why})")
+    return texts
+
+
+def _rank_warnings(scores: dict[str, Score], work: Work) -> list[str]:
     names = [name for name, score in scores.items() if score.floor is not None]
-    if not names:
+    own = work.generated["generated"]
+    if not names or own.x is None:
         return []
-    n, m, d = len(inputs["x"]), len(inputs["y"]), inputs["x"].shape[1]
-    if min(n, m) > d:
+    reference = work.others.get("reference")
+    m = len(reference) if reference is not None else work.stats.n if work.stats else None
+    n, d = len(own), own.x.shape[1]
+    if m is None or min(n, m) > d:
         return []
     counts = f"n={n}, m={m}, d={d}"
     return [f"{', '.join(names)}: {counts}: too few images (<= d) for a full-rank covariance: biased, see noise floor"]
 
 
-def _interval(score: Score) -> str:
-    if score.low is None or score.high is None:
-        return ""
-    if score.interval == "wilson":
-        return f"[{score.low:.4g}, {score.high:.4g}]"
-    return f"± {(score.high - score.low) / 2:.2g}"
-
-
-def _floor(score: Score) -> str:
-    if score.floor is None:
-        return ""
-    plug_in, split = score.floor["plug_in"], score.floor["split"]
-    return f"> {plug_in:.4g}" if split is None else f"[{plug_in:.4g}, {split:.4g}]"
+def _facts(images: ImageSet) -> dict[str, Any]:
+    wanted = ("kind", "counts", "sizes", "formats", "skipped", "duplicates", "cached")
+    return {key: images.notes[key] for key in wanted if key in images.notes}

@@ -99,7 +99,7 @@ def test_methods_lists_every_stage_as_json():
         (["train", "shapes_flow_grpo", "train.step=5"], ["train.step", "unknown key", "did you mean 'steps'"]),
         (["sample", "a red circle", "-g", "cgf"], ["guidance 'cgf'", "did you mean 'cfg'"]),
         (["methods", "advantages"], ["stage 'advantages'", "did you mean 'advantage'"]),
-        (["eval", "/nowhere", "-m", "pairwise"], ["/nowhere"]),
+        (["eval", "run", "/nowhere", "-m", "pairwise"], ["/nowhere"]),
         (["claims", "flow_grpo_shape"], ["did you mean 'flow_grpo_shapes'"]),
     ],
 )
