@@ -6,7 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,7 +55,7 @@ def linear_ag(
         out = (Path(model) if Path(model).is_dir() else Path()) / "linear_ag" / f"{name}.json"
     check_writable(out, "--out")
     pipe = load(model, device=device, dtype=dtype)
-    call = {"num_inference_steps": steps} if steps else {}
+    call: dict[str, Any] = {"num_inference_steps": steps} if steps else {}
     found = linear.fit(pipe, rule, texts, history=history, intercept=intercept, batch_size=batch, seed=seed, **call)
     count = len(found.made_for["timesteps"])
     found.save(out)

@@ -21,7 +21,7 @@ ORDER = ("reference", "train", "test", "generated", "a", "b")
 
 def result_page(result: Any, path: str | Path) -> Path:
     own = result.sets.get("generated")
-    sections = [_numbers(result, "Metrics", RESULT_NOTE)]
+    sections: list[Any] = [_numbers(result, "Metrics", RESULT_NOTE)]
     if own is not None:
         sections += [
             _samples(result.sets),

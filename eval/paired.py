@@ -177,7 +177,7 @@ def _of_images(name: str, A: ImageSet, B: ImageSet, work: Work) -> Difference:
     labels = work.clusters("a")
     clusters = None if labels is None else [label for label, kept in zip(labels, both.tolist()) if kept]
     if clusters is not None and work.ci_samples and len(set(clusters)) > 1:
-        options = {"samples": work.ci_samples, "seed": work.seed, "clusters": clusters}
+        options: dict[str, Any] = {"samples": work.ci_samples, "seed": work.seed, "clusters": clusters}
         gap, sd = functional.paired_bootstrap_difference(_mean, a[:, None], b[:, None], None, **options)
         return _told(float(a.mean()), float(b.mean()), gap, sd, "bootstrap", better, len(a))
     return _told_pairs(a, b, better, len(a))
@@ -219,7 +219,7 @@ def _of_features(metric: Metric, work: Work) -> Difference:
     a, b = (float(x if metric.part is None else getattr(x, metric.part)) for x in answers)
     sd, clusters = None, work.clusters("a")
     if work.ci_samples and metric.interval == "bootstrap":
-        options = {"samples": work.ci_samples, "seed": work.seed, "clusters": clusters}
+        options: dict[str, Any] = {"samples": work.ci_samples, "seed": work.seed, "clusters": clusters}
         sd = functional.paired_bootstrap_difference(fn, XA, XB, Y, **options)[1]
     elif work.ci_samples:
         d = XA.shape[1]  # side by side, so that both lose the same rows

@@ -112,8 +112,8 @@ def prepare(
             raise ValueError(f"groups must be one an image; got {len(labels)} groups and {len(images)} images in {key}")
     first = next(iter(own.values()))
     return Work(
-        own, read_others, stats, labels or first.prompts, names, skipped, skip, judged, extract and extract.id, seed,
-        ci_samples, k,
+        own, read_others, stats, list(labels or first.prompts or []) or None, names, skipped, skip, judged,
+        None if extract is None else extract.id, seed, ci_samples, k,
     )  # fmt: skip
 
 
