@@ -76,7 +76,7 @@ def sample(
     seed: int = 0,
     out: Annotated[Path, typer.Option("--out", "-o")] = Path("samples"),
 ):
-    """Sample images with a guidance rule: one PNG a prompt, and grid.png of all."""
+    """Sample images with a guidance rule: one PNG a prompt, and a grid of all beside their folder."""
     import inspect
 
     import torch
@@ -92,7 +92,8 @@ def sample(
     if not texts:
         raise ValueError('no prompt given: diffgen sample "a red circle", or --prompt "a red circle"')
     rule = specs.rule(guidance, specs.assignments(pairs))
-    check_writable(out / "grid.png", "--out")
+    sheet = out.with_name(f"{out.name}-grid.png")  # not among the images, which `diffgen eval` reads as a set
+    check_writable(out / "000.png", "--out")
     pipe = load(model)
     extra: dict = {"num_inference_steps": steps} if steps else {}
     if negative_prompt is not None:
@@ -104,10 +105,9 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(out / f"{i:03d}.png")
-    save_grid(load_images(images), out / "grid.png")
-    typer.echo(
-        f"{len(images)} image{'s' * (len(images) > 1)} and grid.png in {out}; NFE {run.nfe:g} (denoiser evaluations a sample)"
-    )
+    save_grid(load_images(images), sheet)
+    count = f"{len(images)} image{'s' * (len(images) > 1)}"
+    typer.echo(f"{count} in {out}, {sheet.name} beside it; NFE {run.nfe:g} (denoiser evaluations a sample)")
 
 
 @app.command()

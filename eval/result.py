@@ -72,7 +72,7 @@ class EvalResult:
         rows = [header]
         for name, s in self.scores.items():
             row = [name, ARROWS[s.higher_is_better], f"{s.value:.4g}", interval_text(s), bracket_text(s.floor)]
-            row += [bracket_text(s.excess)] * excess
+            row += [bracket_text(s.excess, "<")] * excess
             row += ["" if s.baseline is None else f"{s.baseline:.4g}"] * baseline
             rows.append([*row, str(s.n), "" if s.m is None else str(s.m), s.extractor or ""])
         return rows
@@ -140,13 +140,13 @@ def interval_text(score: Any) -> str:
     return f"± {(score.high - score.low) / 2:.2g}"
 
 
-def bracket_text(bracket: Floor | None) -> str:
-    """[low, high] of a floor or an excess; one end alone where there is no split."""
+def bracket_text(bracket: Floor | None, side: str = ">") -> str:
+    """[low, high] of a floor or an excess; where there is no split, one end: the floor is higher (>), the excess lower (<)."""
     if bracket is None or bracket["plug_in"] is None:
         return ""
     plug_in, split = bracket["plug_in"], bracket["split"]
     if split is None:
-        return f"> {plug_in:.4g}"
+        return f"{side} {plug_in:.4g}"
     return f"[{min(plug_in, split):.4g}, {max(plug_in, split):.4g}]"
 
 

@@ -47,10 +47,15 @@ class Scorer(Protocol):
 
 
 def get_scorer(name: str, **options: Any) -> Scorer:
-    """The scorer of a name, with its options. Raises ValueError with the nearest name, TypeError for an unknown option."""
+    """The scorer of a name, with its options. Raises ValueError with the nearest name, or for a wrong option."""
     if name not in SCORERS:
         raise ValueError(f"scorer {name!r} is unknown: {nearest(name, SCORERS)}")
-    return SCORERS[name](**options)
+    try:
+        return SCORERS[name](**options)
+    except TypeError as error:  # an unknown option, or one that is missing: "path"
+        raise ValueError(
+            f"scorer {name!r}: {str(error).partition('() ')[2] or error}; options are its keywords"
+        ) from error
 
 
 def check_inputs(name: str, images: Any, prompts: Sequence[str] | None, needs_prompts: bool = True) -> list[str]:
