@@ -249,6 +249,11 @@ def load_stats(path: str | os.PathLike, assume_extractor: str | None = None) -> 
         raise ValueError(f"{path} doesn't say which extractor made it: pass assume_extractor= ({hint})")
     if assume_extractor not in (None, id):
         raise ValueError(f"{path} was made with extractor {id!r}, not with {assume_extractor!r}")
+    if any(np.iscomplexobj(held[key]) for key in ("mu", "sigma")):
+        raise ValueError(f"{path} must have real mu and sigma; it has complex ones")
+    n = held.get("n")
+    if n is not None and not (np.size(n) == 1 and np.isfinite(n).all() and float(np.ravel(n)[0]).is_integer()):
+        raise ValueError(f"{path} must have a whole number n; got {n}")
     mu, sigma = (torch.from_numpy(np.atleast_1d(held[key]).astype(np.float64)) for key in ("mu", "sigma"))
     if (
         mu.ndim != 1
@@ -258,7 +263,9 @@ def load_stats(path: str | os.PathLike, assume_extractor: str | None = None) -> 
         raise ValueError(
             f"{path} must have finite mu [D] and sigma [D,D]; got {list(mu.shape)} and {list(sigma.shape)}"
         )
-    return Stats(mu, sigma, int(held["n"]) if "n" in held else None, id)
+    if not torch.allclose(sigma, sigma.T, rtol=1e-5, atol=1e-5 * float(sigma.abs().max())):
+        raise ValueError(f"{path} must have a symmetric sigma; it differs from its transpose")
+    return Stats(mu, sigma, None if n is None else int(np.ravel(n)[0]), id)
 
 
 def require_same_extractor(a: Features | Stats, b: Features | Stats) -> None:

@@ -12,6 +12,7 @@ import re
 import struct
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -30,12 +31,15 @@ from diffgen.grid import to_uint8
 from diffgen.seeding import seed_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # not all that PIL knows: EPS would start Ghostscript
+LARGEST_ENTRY = 1 << 28  # bytes of one image in a zip, unpacked
 GREY = {"1", "L", "LA", "La"}
 ALPHA = {"white": "laid on white", "black": "laid on black", "drop": "its alpha channel dropped"}
 SIXTEEN_BIT = "16-bit"
 # PIL and its decoders raise any of these for a damaged file
 UNREADABLE: tuple[type[Exception], ...] = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zipfile.BadZipFile),
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zipfile.BadZipFile, zlib.error),
+    *(RuntimeError, NotImplementedError),  # of zipfile, for encrypted entries and unknown compression
     Image.DecompressionBombError,
 )
 
@@ -156,7 +160,9 @@ class Source:
                     raise
                 self.skipped[raw.name] = str(error)
                 self.notes["skipped"] += 1
-                if raw.stamp:
+                cause = error.__cause__
+                passing = isinstance(cause, OSError) and cause.errno is not None  # of the disk, not of the file
+                if raw.stamp and not passing:
                     self.bad_stamps.append((raw.stamp, str(error)))
                 continue
             self._count(item, raw.where)
@@ -567,7 +573,7 @@ def _unpack(batch: Any, column: str, labelled: bool = True) -> Sequence[Any]:
         return list(batch) if batch.ndim == 4 else [batch]
     if isinstance(batch, (list, tuple)):
         images = all(isinstance(x, Image.Image) or getattr(x, "ndim", 0) == 3 for x in batch)
-        if labelled and (isinstance(batch, tuple) or not images):
+        if labelled and not images:
             return _unpack(batch[0], column, labelled=False)
         return batch
     return [batch]
@@ -588,7 +594,7 @@ def _stamp(file: Path) -> Stamp:
 
 def _open(file: Path | io.BytesIO) -> Image.Image:
     """A decoded image that has forgotten its file. open() alone doesn't notice a truncated one."""
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
         rawmode = str(image.tile[0][3]) if image.tile else ""
         if image.format in ("PNG", "TIFF") and ";16" in rawmode and not image.mode.startswith("I"):
             image.info[SIXTEEN_BIT] = True  # PIL has no 16-bit colour: it keeps the high byte, which is v of 257 v
@@ -598,7 +604,11 @@ def _open(file: Path | io.BytesIO) -> Image.Image:
 
 
 def _open_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Image.Image:
-    return _open(io.BytesIO(archive.read(entry)))
+    with archive.open(entry) as packed:  # its header may lie about the size
+        content = packed.read(LARGEST_ENTRY + 1)
+    if len(content) > LARGEST_ENTRY:
+        raise ValueError(f"it unpacks to more than {LARGEST_ENTRY >> 20} MB")
+    return _open(io.BytesIO(content))
 
 
 def _same(image: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,7 +128,7 @@ def _stats(reference: Any, assume_extractor: str | None) -> Stats | None:
         with np.load(reference, allow_pickle=False) as file:
             if "images" in file.files or "mu" not in file.files:
                 return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
         return None  # whoever reads it says what is wrong
     return load_stats(reference, assume_extractor)
 

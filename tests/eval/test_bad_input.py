@@ -336,3 +336,30 @@ def test_an_empty_source_is_an_error():
 def test_unknown_options_are_errors_with_the_valid_ones(options, message):
     with pytest.raises(ValueError, match=message):
         open_source(noise(), **options)
+
+
+def test_a_file_that_only_claims_to_be_an_image_starts_no_interpreter(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
+    with pytest.raises(ValueError, match=r"0.png: cannot identify image"):
+        load_images(tmp_path)
+
+
+def test_a_zip_entry_may_not_unpack_without_end(tmp_path, monkeypatch):
+    import zipfile
+
+    from diffgen.eval import images
+
+    monkeypatch.setattr(images, "LARGEST_ENTRY", 1 << 10)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.png", b"\0" * (1 << 16))
+    with pytest.raises(ValueError, match="unpacks to more than"):
+        load_images(tmp_path / "a.zip")
+
+
+def test_a_tuple_of_images_is_a_batch_and_not_one_image_with_labels():
+    from PIL import Image
+
+    several = tuple(Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(6))
+    assert len(load_images(iter([several, several]))) == 12
+    labelled = [(Image.new("RGB", (4, 4)), 3), (Image.new("RGB", (4, 4)), 4)]
+    assert len(load_images(iter(labelled))) == 2
