@@ -108,8 +108,7 @@ def run(name: str, seeds: list[int]) -> dict:
     # seeds measured before are kept if the experiment is still the same: by versions, and by its module's text
     source = Path(inspect.getsourcefile(claim.measure) or __file__).read_bytes()
     versions["experiment"] = hashlib.sha256(source).hexdigest()[:12]
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    rows = [r for r in before.get("seeds", []) if r["seed"] not in seeds] if before.get("versions") == versions else []
+    rows = []
     for seed in seeds:
         started = time.time()
         measured = claim.measure(seed)
@@ -117,6 +116,11 @@ def run(name: str, seeds: list[int]) -> dict:
         pairs = {check: [round(float(x), 6) for x in measured[check]] for check in claim.checks}
         rows.append({"seed": seed, "pairs": pairs, "minutes": round((time.time() - started) / 60, 1)} | details)
         print(json.dumps({"seed": seed, **pairs, "minutes": rows[-1]["minutes"]}), file=sys.stderr)
+    before = (
+        json.loads(path.read_text()) if path.is_file() else {}
+    )  # now: another process may have measured other seeds
+    if before.get("versions") == versions:
+        rows += [row for row in before["seeds"] if row["seed"] not in seeds]
     rows.sort(key=lambda row: row["seed"])
     checks = {n: c.verdict([tuple(row["pairs"][n]) for row in rows]) for n, c in claim.checks.items()}
     verdicts = {check["verdict"] for check in checks.values()}
