@@ -76,7 +76,7 @@ def features(
     x, hashes, cached = found or _one_pass(opened, extract, store, batch_size, progress)
     names = list(opened.names)
 
-    notes = _notes(opened, hashes, cached)
+    notes = notes_of(opened, hashes, cached) | {"warnings": opened.warnings()}
     for text in notes["warnings"]:
         warnings.warn(text, stacklevel=2)
     finite = torch.isfinite(x).all(1)
@@ -177,7 +177,8 @@ def _shards(items: Iterator[Item]) -> Iterator[list[Item]]:
         yield shard
 
 
-def _notes(source: Source, hashes: list[str], cached: int) -> dict[str, Any]:
+def notes_of(source: Source, hashes: list[str], cached: int = 0) -> dict[str, Any]:
+    """What happened to a source's images in a pass, for the report."""
     return {
         "kind": source.kind,
         "counts": {fact: n for fact, n in source.notes.items() if n},
@@ -186,7 +187,6 @@ def _notes(source: Source, hashes: list[str], cached: int) -> dict[str, Any]:
         "skipped": dict(source.skipped),
         "duplicates": len(hashes) - len(Counter(hashes)),
         "cached": cached,
-        "warnings": source.warnings(),
     }
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffgen.eval.cache import image_hash
 from diffgen.eval.extractors import Extractor
-from diffgen.eval.features import features
+from diffgen.eval.features import features, notes_of
 from diffgen.eval.images import Item, PipelineSource, Source, open_source
 
 CHUNK_BYTES = 1 << 28  # of images that are judged at a time
@@ -230,18 +230,6 @@ def _plain_pass(source: Source, look: _Look, batch_size: int, progress: bool) ->
     for text in source.warnings():
         warnings.warn(text, stacklevel=2)
     return hashes
-
-
-def notes_of(source: Source, hashes: list[str]) -> dict[str, Any]:
-    return {
-        "kind": source.kind,
-        "counts": {fact: n for fact, n in source.notes.items() if n},
-        "sizes": {f"{w}x{h}": n for (w, h), n in source.sizes.most_common()},
-        "formats": dict(source.formats),
-        "skipped": dict(source.skipped),
-        "duplicates": len(hashes) - len(set(hashes)),
-        "cached": 0,
-    }
 
 
 def _told(caught: list[warnings.WarningMessage]) -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffgen.eval.functional._check import features, row_blocks
 from diffgen.eval.functional._pairs import units
+from diffgen.eval.functional.diversity import check_order, hill
 
 
 def empty(d: int = 0) -> Tensor:
@@ -120,15 +121,8 @@ def gram_eigenvalues(state: Tensor) -> Tensor:
 
 def gram_vendi(state: Tensor, q: float = 1) -> float:
     """`functional.vendi` of a Gram state. arXiv:2210.02410 (q = 1), arXiv:2310.12952 (any q)."""
-    if not q >= 0:
-        raise ValueError(f"q must be 0 or more (inf allowed); got {q}")
-    lam = gram_eigenvalues(state)
-    lam = lam[lam > 1e-12]
-    if abs(q - 1) < 1e-8:
-        return float(torch.exp(-(lam * lam.log()).sum()))
-    if math.isinf(q):
-        return float(1 / lam.max())
-    return float(torch.exp(torch.logsumexp(q * lam.log(), 0) / (1 - q)))
+    check_order(q)
+    return hill(gram_eigenvalues(state), q)
 
 
 def gram_mean_pairwise(state: Tensor) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from diffgen.parametrization import slope, to_x0
-from diffgen.pipelines.base import Guidance, real, require, whole, wide
+from diffgen.pipelines.base import Guidance, cfg, real, require, whole, wide
 from diffgen.registry import register
 from diffgen.tap import StepInfo
 
@@ -92,4 +92,4 @@ class APG(Guidance):
 
     def _cfg(self, cond: torch.Tensor, uncond: torch.Tensor, step: StepInfo) -> torch.Tensor:
         w = self.cfg_scale if step.index < self.cfg_steps else self.scale
-        return uncond + w * (cond - uncond)
+        return cfg(cond, uncond, w)

@@ -54,9 +54,17 @@ def vendi(X: Tensor, q: float = 1) -> float:
     are dropped. The value depends on N: compare at equal N. Zero rows as in `mean_pairwise`: together they are one more
     kind. Raises ValueError for q < 0. arXiv:2210.02410 (q = 1), arXiv:2310.12952 (any q).
     """
+    check_order(q)
+    return hill(_kernel_spectrum(features(X, "X")), q)
+
+
+def check_order(q: float) -> None:
     if not q >= 0:
         raise ValueError(f"q must be 0 or more (inf allowed); got {q}")
-    lam = _kernel_spectrum(features(X, "X"))
+
+
+def hill(lam: Tensor, q: float) -> float:
+    """Effective number of kinds with shares lam, of order q; shares below 1e-12 are dropped."""
     lam = lam[lam > 1e-12]
     if abs(q - 1) < 1e-8:
         return float(torch.exp(-(lam * lam.log()).sum()))
